@@ -1,0 +1,71 @@
+"""Checkpoints by Orbax (v1 API): all of Orbax that the project uses is in this file."""
+
+import re
+from pathlib import Path
+
+from absl import logging
+from orbax.checkpoint import v1 as ocp
+
+from mammodino_jax.errors import UserError
+
+
+class Checkpoints:
+    """Saves and restores train states under `folder`/<step>; saving is asynchronous and atomic."""
+
+    def __init__(self, folder: Path, keep: int = 2):
+        policy = ocp.training.preservation_policies.LatestN(keep)
+        self._checkpointer = ocp.training.Checkpointer(folder, preservation_policy=policy)
+
+    def save(self, step: int, state: dict, provenance: dict) -> None:
+        """Save a train state with what it was trained on.
+
+        Args:
+          step: number of steps trained.
+          state: pytree of arrays.
+          provenance: JSON, what was seen (provenance.collect).
+        """
+        self._checkpointer.save_checkpointables(step, {"state": state, "provenance": provenance}, force=True)
+
+    @property
+    def latest(self) -> int | None:
+        newest = self._checkpointer.latest
+        return None if newest is None else newest.step
+
+    def restore(self, target: dict) -> dict:
+        """Restore the newest state into the shapes, dtypes and shardings of `target`."""
+        step = self.latest
+        logging.info("restoring step %d", step)
+        return self._checkpointer.load_checkpointables(step, {"state": target})["state"]
+
+    def close(self) -> None:
+        self._checkpointer.close()
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the finished checkpoints under `folder`, ascending."""
+    if not Path(folder).is_dir():
+        return []
+    return sorted(int(p.name) for p in Path(folder).iterdir() if re.fullmatch(r"\d+", p.name))
+
+
+def load(workdir: Path, part: str = "state", names: dict | None = None):
+    """Read a part of the newest checkpoint of a workdir without building a train state.
+
+    Args:
+      workdir: a training workdir.
+      part: "state" or "provenance".
+      names: abstract subtree to read, e.g. {"teacher": {"backbone": ...}}; the rest is not read. None reads all.
+
+    Raises:
+      UserError: there is no checkpoint.
+    """
+    folder = Path(workdir).absolute() / "checkpoints"
+    found = steps(folder)
+    if not found:
+        raise UserError(
+            f"no finished checkpoint under {folder}; train first: python main.py --config=... --workdir=..."
+        )
+    context = ocp.Context()
+    context.pytree.loading.partial_load = names is not None
+    with context:
+        return ocp.load_checkpointables(folder / str(found[-1]), {part: names})[part]

@@ -1,0 +1,72 @@
+"""Hub names <-> the names in Hugging Face's files of Dinov2Model and Dinov2WithRegistersModel, and config.json.
+
+transformers renames some of these in memory, but its files keep the names below.
+"""
+
+import re
+
+import numpy as np
+
+from mammodino_jax.model.vit import ViTConfig
+
+_RENAMES = [  # hub name, Hugging Face name; {} is the block number
+    ("cls_token", "embeddings.cls_token"),
+    ("register_tokens", "embeddings.register_tokens"),
+    ("mask_token", "embeddings.mask_token"),
+    ("pos_embed", "embeddings.position_embeddings"),
+    ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
+    ("blocks.{}.norm1.", "encoder.layer.{}.norm1."),
+    ("blocks.{}.attn.proj.", "encoder.layer.{}.attention.output.dense."),
+    ("blocks.{}.ls1.gamma", "encoder.layer.{}.layer_scale1.lambda1"),
+    ("blocks.{}.norm2.", "encoder.layer.{}.norm2."),
+    ("blocks.{}.mlp.fc1.", "encoder.layer.{}.mlp.fc1."),
+    ("blocks.{}.mlp.fc2.", "encoder.layer.{}.mlp.fc2."),
+    ("blocks.{}.ls2.gamma", "encoder.layer.{}.layer_scale2.lambda1"),
+    ("norm.", "layernorm."),
+]
+_QKV = ("query", "key", "value")
+
+
+def _rename(name: str) -> str:
+    block = re.match(r"blocks\.(\d+)\.", name)
+    number = block[1] if block else ""
+    for hub, hf in _RENAMES:
+        hub, hf = hub.format(number), hf.format(number)
+        if name == hub or (hub.endswith(".") and name.startswith(hub)):
+            return hf + name[len(hub) :]
+    raise ValueError(f"{name} is not a parameter of a DINOv2 backbone")
+
+
+def to_hf(hub: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Hub state dict of a backbone to Hugging Face's; qkv is split into query, key and value."""
+    out = {}
+    for name, a in hub.items():
+        if ".attn.qkv." in name:
+            number, leaf = name.split(".")[1], name.split(".")[-1]
+            for part, rows in zip(_QKV, np.split(a, 3), strict=True):
+                out[f"encoder.layer.{number}.attention.attention.{part}.{leaf}"] = np.ascontiguousarray(rows)
+        else:
+            out[_rename(name)] = a
+    return out
+
+
+def config_json(vit: ViTConfig) -> dict:
+    """config.json for `transformers.AutoModel.from_pretrained`."""
+    config = {
+        "architectures": ["Dinov2WithRegistersModel" if vit.registers else "Dinov2Model"],
+        "model_type": "dinov2_with_registers" if vit.registers else "dinov2",
+        "hidden_size": vit.dim,
+        "num_hidden_layers": vit.depth,
+        "num_attention_heads": vit.heads,
+        "mlp_ratio": int(vit.mlp_ratio),
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "image_size": vit.image_size,
+        "patch_size": vit.patch_size,
+        "num_channels": vit.channels,
+        "qkv_bias": True,
+        "layerscale_value": 1.0,
+        "use_swiglu_ffn": False,
+        "torch_dtype": "float32",
+    }
+    return config | ({"num_register_tokens": vit.registers} if vit.registers else {})

@@ -1,0 +1,96 @@
+"""A frozen encoder, wherever its weights come from: grey uint8 images in, features out."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from mammodino_jax import checkpoint
+from mammodino_jax.augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, normalise
+from mammodino_jax.errors import UserError, suggest
+from mammodino_jax.model.head import bind, init_params
+from mammodino_jax.model.vit import ViTConfig
+
+ARCHITECTURES = {
+    "nano": ViTConfig(dim=192, depth=4, heads=3, image_size=98),
+    "vits14": ViTConfig(dim=384, depth=12, heads=6),
+    "vitb14": ViTConfig(),
+    "vitl14": ViTConfig(dim=1024, depth=24, heads=16),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """A backbone with its normalisation.
+
+    Attributes:
+      name: how tables call it.
+      vit: shape of the backbone.
+      params: its parameters, nested.
+      mean, std: statistics of the input normalisation, one a channel (grey is repeated to 3 channels).
+      provenance: what pretraining saw (provenance.collect); empty for untrained or foreign weights.
+    """
+
+    name: str
+    vit: ViTConfig
+    params: dict
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    provenance: dict = dataclasses.field(default_factory=dict)
+
+    def __call__(self, images) -> dict[str, jax.Array]:
+        """Features of uint8 images [B, H, W]: float32 {"cls": [B, D], "patches": [B, N, D]}, after the final norm."""
+        out = _encode(self.params, jnp.asarray(images), self.vit, self.mean, self.std)
+        return {"cls": out["cls"], "patches": out["patches"]}
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _encode(params, images_BHW, vit: ViTConfig, mean, std):
+    x = normalise(images_BHW.astype(jnp.float32) / 255, AugmentConfig(mean=mean, std=std), vit.channels)
+    return jax.tree.map(lambda a: a.astype(jnp.float32), bind(params, vit)(x))
+
+
+def load_encoder(spec: str) -> Encoder:
+    """Load the encoder that `spec` names.
+
+    Args:
+      spec: a training workdir (the teacher of its newest checkpoint), a folder exported as `hf` or `hub`, or
+        `random:ARCH` (nano, vits14, vitb14, vitl14) for untrained weights.
+
+    Raises:
+      UserError: nothing loadable there.
+    """
+    if spec.startswith("random:"):
+        arch = spec.removeprefix("random:")
+        if arch not in ARCHITECTURES:
+            raise UserError(
+                f"unknown architecture {arch!r}.{suggest(arch, ARCHITECTURES)} Known: {', '.join(ARCHITECTURES)}"
+            )
+        return Encoder(spec, ARCHITECTURES[arch], init_params(ARCHITECTURES[arch], None, seed=0))
+    folder = Path(spec)
+    if not folder.is_dir():
+        raise UserError(f"encoder {spec!r} is neither a folder nor random:ARCH")
+    if (folder / "checkpoints").is_dir():
+        return _from_workdir(folder)
+    if (folder / "model.safetensors").is_file():
+        from mammodino_jax.convert import folder as exported
+
+        return exported.load(folder)
+    raise UserError(
+        f"{spec} holds neither checkpoints/ (a workdir) nor model.safetensors (an exported folder)"
+    )
+
+
+def _from_workdir(folder: Path) -> Encoder:
+    from mammodino_jax.recipe import from_config
+
+    recipe = from_config(json.loads((folder / "config.json").read_text()))
+    vit = dataclasses.replace(recipe.model, drop_path=0.0)
+    backbone = jax.eval_shape(functools.partial(init_params, vit, None, 0))
+    state = checkpoint.load(folder, "state", {"teacher": {"backbone": backbone}})
+    mean, std = (s[: vit.channels] for s in (recipe.augment.mean, recipe.augment.std))
+    seen = checkpoint.load(folder, "provenance")
+    return Encoder(folder.name, vit, state["teacher"]["backbone"], mean, std, seen)

@@ -1,0 +1,25 @@
+"""The one error that users are meant to read: printed as a single line, exit code 2."""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """Bad input: the message names what is wrong, what was expected, and what to do next."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return ' Did you mean "x"?' for the known name closest to `name`, or '' where none is close."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f' Did you mean "{close[0]}"?' if close else ""
+
+
+def run_command(main: Callable[..., int | None], *args) -> None:
+    """Run a command line's `main`; a `UserError` becomes one line on stderr and exit code 2."""
+    try:
+        code = main(*args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(code or 0)

@@ -1,0 +1,121 @@
+"""The losses, as pure functions on arrays; everything here is float32.
+
+B images, V views, K prototypes, D width, R rows, M masked-patch slots an image. Sources: dinov2/loss and
+ssl_meta_arch.py (Oquab et al. 2023), MammoDINO (arXiv 2510.11883).
+"""
+
+import jax
+import jax.numpy as jnp
+
+STUDENT_TEMP = 0.1  # both heads, as in DINOv2
+
+
+def center_softmax(logits_RK, center_K, temp):
+    """Teacher probabilities by centering and sharpening."""
+    return jax.nn.softmax((logits_RK - center_K) / temp, axis=-1)
+
+
+def update_center(center_K, logits_RK, weight_R=None, momentum: float = 0.9):
+    """Moving mean of the teacher's logits, used from the next step on; rows of weight 0 do not count."""
+    if weight_R is None:
+        mean = logits_RK.mean(axis=0)
+    else:
+        valid = (weight_R > 0).astype(jnp.float32)
+        mean = valid @ logits_RK / jnp.maximum(valid.sum(), 1.0)
+        mean = jnp.where(valid.sum() > 0, mean, center_K)
+    return momentum * center_K + (1 - momentum) * mean
+
+
+def sinkhorn(logits_RK, temp, weight_R=None, iterations: int = 3):
+    """Teacher probabilities by Sinkhorn-Knopp over all rows of the global batch.
+
+    In the log domain: equal to DINOv2's exp form, which overflows once a logit / temp exceeds 88. Rows of
+    weight 0 (empty slots) are left out of the sums and come back with unspecified content.
+    """
+    log_q = logits_RK / temp
+    valid = None if weight_R is None else (weight_R > 0)[:, None]
+    for _ in range(iterations):
+        kept = log_q if valid is None else jnp.where(valid, log_q, -jnp.inf)
+        column = jax.nn.logsumexp(kept, axis=0, keepdims=True)
+        log_q = log_q - jnp.where(jnp.isfinite(column), column, 0.0)  # no valid row at all: leave as it is
+        log_q = log_q - jax.nn.logsumexp(log_q, axis=1, keepdims=True)
+    return jnp.exp(log_q)
+
+
+def cross_entropy(teacher, student_logits):
+    """-sum_k t log softmax(s / 0.1) over the last axis; leading axes broadcast."""
+    return -jnp.sum(teacher * jax.nn.log_softmax(student_logits / STUDENT_TEMP, axis=-1), axis=-1)
+
+
+def dino_loss(teacher_BVK, global_BVK, local_BLK):
+    """DINO over all pairs of a teacher view and another student view.
+
+    Args:
+      teacher_BVK: probabilities of the 2 global views.
+      global_BVK, local_BLK: student logits of the 2 global and L local views.
+
+    Returns:
+      (global term, local term); both are divided by all 2 + 2L pairs, so they add up.
+    """
+    locals_ = local_BLK.shape[1]
+    pairs = 2 + 2 * locals_
+    swapped = cross_entropy(teacher_BVK[:, ::-1], global_BVK).mean(axis=0).sum()
+    log_p_BLK = jax.nn.log_softmax(local_BLK / STUDENT_TEMP, axis=-1)
+    local = -jnp.einsum("bvk,blk->", teacher_BVK, log_p_BLK) / teacher_BVK.shape[0] if locals_ else 0.0
+    return swapped / pairs, local / pairs
+
+
+def ibot_loss(teacher_BMK, student_BMK, weight_BM):
+    """Cross-entropy of masked patches: each view's masked patches weigh 1/count, averaged over all 2B views."""
+    views = 2 * weight_BM.shape[0]
+    return jnp.sum(cross_entropy(teacher_BMK, student_BMK) * weight_BM) / views
+
+
+def adjacent_loss(teacher_AK, student_AK):
+    """DINO-adj: student CLS of slice k against teacher CLS of slice k±d, mean over pairs."""
+    return cross_entropy(teacher_AK, student_AK).mean()
+
+
+def koleo_loss(x_BD, group: int = 0, patient_B=None):
+    """Kozachenko-Leonenko spread of one view's CLS tokens (dinov2/loss/koleo_loss.py).
+
+    Args:
+      x_BD: CLS tokens before the head.
+      group: consecutive rows among which the nearest neighbour is sought; 0 is the global batch.
+      patient_B: rows of the same patient are not neighbours (they would fight DINO-adj); None compares all.
+
+    Returns:
+      (loss, share of nearest neighbours that would have been of the same patient).
+    """
+    B = x_BD.shape[0]
+    group = group or B
+    # sqrt of a floored square: jnp.linalg.norm has a NaN gradient at 0
+    norm = jnp.sqrt(jnp.maximum(jnp.sum(x_BD * x_BD, axis=1, keepdims=True), 1e-16))
+    x_GRD = (x_BD / norm).reshape(B // group, group, -1)
+    similarity = jnp.einsum("grd,gsd->grs", x_GRD, x_GRD, precision="highest")
+    similarity = jnp.where(jnp.eye(group, dtype=bool), -1.0, jax.lax.stop_gradient(similarity))
+    same_share = 0.0
+    weight = jnp.ones(x_GRD.shape[:2])
+    if patient_B is not None:
+        patient = patient_B.reshape(B // group, group)
+        same = (patient[:, :, None] == patient[:, None, :]) & ~jnp.eye(group, dtype=bool)
+        nearest = similarity.argmax(axis=-1)[..., None]
+        same_share = jnp.take_along_axis(same, nearest, axis=-1).mean()
+        similarity = jnp.where(same, -2.0, similarity)
+        others = jnp.any(
+            ~same & ~jnp.eye(group, dtype=bool), axis=-1
+        )  # a row without any other patient does not count
+        weight = others.astype(jnp.float32)
+    nearest = similarity.argmax(axis=-1)
+    neighbour = jax.vmap(lambda x, i: x[i])(x_GRD, nearest)
+    distance = jnp.sqrt(jnp.sum((x_GRD - neighbour + 1e-8) ** 2, axis=-1))
+    return jnp.sum(-jnp.log(distance + 1e-8) * weight) / jnp.maximum(weight.sum(), 1.0), same_share
+
+
+def entropy(probs_RK, weight_R=None):
+    """Mean entropy of rows, in units of ln K: 1 is uniform, 0 is one prototype."""
+    h = -jnp.sum(probs_RK * jnp.log(jnp.maximum(probs_RK, 1e-30)), axis=-1) / jnp.log(probs_RK.shape[-1])
+    if weight_R is None:
+        return h.mean()
+    valid = (weight_R > 0).astype(jnp.float32)
+    return jnp.sum(h * valid) / jnp.maximum(valid.sum(), 1.0)

@@ -1,0 +1,216 @@
+"""Vision transformer of DINOv2; attribute names are those of its PyTorch modules, so weights convert by name.
+
+B batch rows, T tokens, N patches, D width, H heads, C channels.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+normal_02 = nnx.initializers.normal(0.02)  # DINOv2's trunc_normal_ cuts at 100 sigma: a plain normal
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """Shape of the backbone. Defaults: ViT-B/14 as in the paper (arXiv 2510.11883)."""
+
+    dim: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    patch_size: int = 14
+    image_size: int = 518  # side in pixels of the images that size pos_embed
+    channels: int = 3
+    registers: int = 0
+    layerscale: float = 1e-5
+    drop_path: float = 0.0  # share of rows that skip a residual branch in training
+    pos_antialias: bool = (
+        True  # (True, 0.0) for new training and registers; hub without registers: (False, 0.1);
+    )
+    pos_offset: float = 0.0  # Hugging Face without registers: (False, 0.0)
+    remat: bool = False  # recompute each block in the backward pass: less memory, a third more compute
+    dtype: str = "float32"  # of activations; parameters are always float32
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.patch_size
+
+
+@functools.lru_cache(maxsize=64)
+def resize_matrix(n_in: int, n_out: int, antialias: bool, offset: float) -> np.ndarray:
+    """1-D bicubic resampling as PyTorch's F.interpolate does it, as a matrix.
+
+    Args:
+      n_in, n_out: grid sizes.
+      antialias: torch's antialias=True (a = -0.5, support grows with the shrink factor).
+      offset: DINOv2's 0.1, which enters the coordinate transform by scale_factor = (n_out + offset) / n_in.
+
+    Returns:
+      float32 [n_out, n_in], rows sum to 1.
+    """
+    scale = n_in / (n_out + offset)
+    a, stretch = (-0.5, max(scale, 1.0)) if antialias else (-0.75, 1.0)
+    matrix = np.zeros((n_out, n_in))
+    for row in range(n_out):
+        center = (row + 0.5) * scale - 0.5
+        taps = np.arange(math.floor(center - 2 * stretch), math.ceil(center + 2 * stretch) + 1)
+        x = np.abs(taps - center) / stretch
+        near = ((a + 2) * x - (a + 3)) * x * x + 1
+        far = a * (((x - 5) * x + 8) * x - 4)
+        weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+        if antialias:  # taps outside the grid are dropped, the rest renormalised
+            weights = np.where((taps >= 0) & (taps < n_in), weights, 0.0)
+        np.add.at(matrix[row], np.clip(taps, 0, n_in - 1), weights / weights.sum())
+    return matrix.astype(np.float32)
+
+
+class PatchEmbed(nnx.Module):
+    def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
+        bound = 1 / math.sqrt(c.channels * c.patch_size**2)  # torch's Conv2d default, weight and bias
+
+        def uniform(key, shape, dtype=jnp.float32):
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        p = (c.patch_size, c.patch_size)
+        self.proj = nnx.Conv(
+            c.channels, c.dim, p, strides=p, padding="VALID", kernel_init=uniform, bias_init=uniform,
+            dtype=c.dtype, rngs=rngs,
+        )  # fmt: skip
+
+    def __call__(self, x):
+        return self.proj(x)
+
+
+class Attention(nnx.Module):
+    def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
+        self.heads = c.heads
+        self.qkv = nnx.Linear(c.dim, 3 * c.dim, kernel_init=normal_02, dtype=c.dtype, rngs=rngs)
+        self.proj = nnx.Linear(c.dim, c.dim, kernel_init=normal_02, dtype=c.dtype, rngs=rngs)
+
+    def __call__(self, x_BTD):
+        B, T, D = x_BTD.shape
+        q, k, v = jnp.unstack(self.qkv(x_BTD).reshape(B, T, 3, self.heads, D // self.heads), axis=2)
+        return self.proj(jax.nn.dot_product_attention(q, k, v).reshape(B, T, D))
+
+
+class Mlp(nnx.Module):
+    def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
+        hidden = int(c.dim * c.mlp_ratio)
+        self.fc1 = nnx.Linear(c.dim, hidden, kernel_init=normal_02, dtype=c.dtype, rngs=rngs)
+        self.fc2 = nnx.Linear(hidden, c.dim, kernel_init=normal_02, dtype=c.dtype, rngs=rngs)
+
+    def __call__(self, x):
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+class LayerScale(nnx.Module):
+    def __init__(self, c: ViTConfig):
+        self.gamma = nnx.Param(jnp.full((c.dim,), c.layerscale))
+
+    def __call__(self, x):
+        return x * self.gamma[...].astype(x.dtype)
+
+
+def residual(x_BTD, branch, key, rate: float, group: int):
+    """x + branch(x); in training the branch runs on a random subset of each group of rows only.
+
+    DINOv2's batch-subset stochastic depth: of every `group` consecutive rows, int(group * (1 - rate)) are drawn
+    (at least one), and their branch is scaled by group / drawn. The size is static, so the compute is saved.
+    """
+    if key is None or rate == 0.0:
+        return x_BTD + branch(x_BTD)
+    B, T, D = x_BTD.shape
+    group = group or B
+    keep = max(int(group * (1 - rate)), 1)
+    x_GRTD = x_BTD.reshape(B // group, group, T, D)
+    rows_GS = jax.vmap(lambda k: jax.random.permutation(k, group)[:keep])(jax.random.split(key, B // group))
+    drawn = jax.vmap(lambda x, rows: x[rows])(x_GRTD, rows_GS)
+    y = branch(drawn.reshape(-1, T, D)).reshape(drawn.shape) * (group / keep)
+    return jax.vmap(lambda x, rows, y: x.at[rows].add(y))(x_GRTD, rows_GS, y).reshape(B, T, D)
+
+
+class Block(nnx.Module):
+    def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
+        self.rate = c.drop_path
+        self.norm1 = nnx.LayerNorm(c.dim, epsilon=1e-6, dtype=c.dtype, rngs=rngs)
+        self.attn = Attention(c, rngs)
+        self.ls1 = LayerScale(c)
+        self.norm2 = nnx.LayerNorm(c.dim, epsilon=1e-6, dtype=c.dtype, rngs=rngs)
+        self.mlp = Mlp(c, rngs)
+        self.ls2 = LayerScale(c)
+
+    def __call__(self, x_BTD, key=None, group: int = 0):
+        keys = (None, None) if key is None else jax.random.split(key)
+        x_BTD = residual(x_BTD, lambda x: self.ls1(self.attn(self.norm1(x))), keys[0], self.rate, group)
+        return residual(x_BTD, lambda x: self.ls2(self.mlp(self.norm2(x))), keys[1], self.rate, group)
+
+
+class ViT(nnx.Module):
+    """DINOv2's vision transformer (facebookresearch/dinov2 `DinoVisionTransformer`)."""
+
+    def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
+        self.c = c
+        self.patch_embed = PatchEmbed(c, rngs)
+        tiny = nnx.initializers.normal(1e-6)
+        self.cls_token = nnx.Param(tiny(rngs.params(), (1, 1, c.dim)))
+        if c.registers:
+            self.register_tokens = nnx.Param(tiny(rngs.params(), (1, c.registers, c.dim)))
+        self.pos_embed = nnx.Param(normal_02(rngs.params(), (1, 1 + c.grid**2, c.dim)))
+        self.mask_token = nnx.Param(jnp.zeros((1, c.dim)))
+        self.blocks = nnx.List([Block(c, rngs) for _ in range(c.depth)])
+        self.norm = nnx.LayerNorm(c.dim, epsilon=1e-6, dtype=c.dtype, rngs=rngs)
+
+    def positions(self, rows: int, cols: int):
+        """Position embeddings [1, 1 + rows*cols, D], resampled in float32 from the trained grid."""
+        pos, grid = self.pos_embed[...], math.isqrt(self.pos_embed.shape[1] - 1)
+        if (rows, cols) == (grid, grid):
+            return pos
+        y = resize_matrix(grid, rows, self.c.pos_antialias, self.c.pos_offset)
+        x = resize_matrix(grid, cols, self.c.pos_antialias, self.c.pos_offset)
+        patches = jnp.einsum("yi,xj,ijd->yxd", y, x, pos[0, 1:].reshape(grid, grid, -1), precision="highest")
+        return jnp.concatenate([pos[:, :1], patches.reshape(1, rows * cols, -1)], axis=1)
+
+    def __call__(self, images, mask=None, key=None, group: int = 0):
+        """Encode images.
+
+        Args:
+          images: float [B, H, W, C], normalised; H and W multiples of the patch size.
+          mask: bool [B, N], patches (row-major) that are replaced by the mask token; None masks nothing.
+          key: random key of drop-path; None evaluates.
+          group: rows that share one drop-path draw; 0 is all of them.
+
+        Returns:
+          {"cls": [B, D], "registers": [B, R, D], "patches": [B, N, D]}, all after the final norm, and
+          {"tokens": [B, T, D]} before it.
+        """
+        c = self.c
+        B, height, width, _ = images.shape
+        if height % c.patch_size or width % c.patch_size:
+            raise ValueError(
+                f"image size {height}x{width} is not a multiple of the patch size {c.patch_size}"
+            )
+        x = self.patch_embed(images)
+        rows, cols = x.shape[1:3]
+        x = x.reshape(B, rows * cols, c.dim)
+        if mask is not None:  # before the position embedding, as in DINOv2
+            x = jnp.where(mask[..., None], self.mask_token[...].astype(x.dtype), x)
+        cls = jnp.broadcast_to(self.cls_token[...].astype(x.dtype), (B, 1, c.dim))
+        x = jnp.concatenate([cls, x], axis=1) + self.positions(rows, cols).astype(x.dtype)
+        if c.registers:  # they get no position
+            registers = jnp.broadcast_to(self.register_tokens[...].astype(x.dtype), (B, c.registers, c.dim))
+            x = jnp.concatenate([x[:, :1], registers, x[:, 1:]], axis=1)
+        for i, block in enumerate(self.blocks):
+            block_key = None if key is None else jax.random.fold_in(key, i)
+
+            def run(x, block=block, block_key=block_key):
+                return block(x, block_key, group)
+
+            x = jax.checkpoint(run)(x) if c.remat and key is not None else run(x)
+        out = self.norm(x)
+        first = 1 + c.registers
+        return {"cls": out[:, 0], "registers": out[:, 1:first], "patches": out[:, first:], "tokens": x}

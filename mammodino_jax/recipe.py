@@ -1,0 +1,125 @@
+"""From a ConfigDict to frozen dataclasses, checked once at the boundary; nothing behind it sees a ConfigDict."""
+
+import dataclasses
+
+import jax
+
+from mammodino_jax.augment import AugmentConfig
+from mammodino_jax.data.crops import CropConfig
+from mammodino_jax.data.masking import MaskConfig
+from mammodino_jax.data.pairs import PairConfig
+from mammodino_jax.data.pipeline import DataConfig
+from mammodino_jax.errors import UserError, suggest
+from mammodino_jax.model.head import HeadConfig
+from mammodino_jax.model.vit import ViTConfig
+from mammodino_jax.optimizer import OptimConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Weights and variants of the loss terms. The paper publishes none; DINOv2's where it has them."""
+
+    dino_weight: float = 1.0
+    ibot_weight: float = 1.0
+    koleo_weight: float = 0.1
+    adjacent_weight: float = 1.0  # as much as DINO-M: the paper sums its terms without naming weights
+    centering: str = "centering"  # or "sinkhorn"
+    koleo_group: int = 0  # consecutive rows within which neighbours are sought; 0: the global batch
+    drop_path_group: int = 0  # images that share one drop-path draw; 0: the global batch
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """How a run is watched and saved: may differ between a run and its continuation."""
+
+    log_every: int = 50
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything that determines a training run."""
+
+    seed: int
+    steps: int
+    batch_size: int  # images of a global batch
+    dbt_rows: int  # of them, rows from tomosynthesis volumes, each with a slice pair (0: no DINO-adj)
+    fsdp: int  # devices over which large parameters are sharded
+    model: ViTConfig
+    head: HeadConfig
+    loss: LossConfig
+    optim: OptimConfig
+    augment: AugmentConfig
+    data: DataConfig
+    crops: CropConfig
+    mask: MaskConfig
+    pairs: PairConfig
+    run: RunConfig
+
+
+def _plain(value):
+    return tuple(_plain(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _section(cls, values, name: str):
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        if key not in known:
+            raise UserError(f"config.{name} has no field {key!r}.{suggest(key, known)}")
+    return cls(**{key: _plain(value) for key, value in values.items()})
+
+
+def from_config(config) -> Recipe:
+    """Build and check a Recipe from a ConfigDict or the dict of a workdir's config.json.
+
+    Raises:
+      UserError: an unknown field (with a suggestion), a missing one, or values that do not fit together.
+    """
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    fields = {f.name: f.type for f in dataclasses.fields(Recipe)}
+    for key in values:
+        if key not in fields:
+            raise UserError(f"config has no field {key!r}.{suggest(key, fields)}")
+    missing = [name for name in fields if name not in values]
+    if missing:
+        raise UserError(f"config lacks {', '.join(missing)}")
+    built = {
+        k: _section(t, values[k], k) if dataclasses.is_dataclass(t) else values[k] for k, t in fields.items()
+    }
+    recipe = Recipe(**built)
+    _check(recipe)
+    return recipe
+
+
+def _check(r: Recipe) -> None:
+    if r.loss.centering not in ("centering", "sinkhorn"):
+        hint = suggest(r.loss.centering, ("centering", "sinkhorn"))
+        raise UserError(
+            f"config.loss.centering is {r.loss.centering!r}, expected centering or sinkhorn.{hint}"
+        )
+    if r.model.channels not in (1, 3):
+        raise UserError(f"config.model.channels is {r.model.channels}, expected 1 or 3")
+    if r.model.dim % r.model.heads:
+        raise UserError(
+            f"config.model.dim {r.model.dim} is not a multiple of config.model.heads {r.model.heads}"
+        )
+    for name in ("global_size", "local_size"):
+        size = getattr(r.crops, name)
+        if size % r.model.patch_size:
+            raise UserError(
+                f"config.crops.{name} {size} is not a multiple of the patch size {r.model.patch_size}"
+            )
+    for name in ("koleo_group", "drop_path_group"):
+        group = getattr(r.loss, name)
+        if group and r.batch_size % group:
+            raise UserError(f"config.loss.{name} {group} does not divide config.batch_size {r.batch_size}")
+
+
+def check_devices(r: Recipe) -> None:
+    """Raise a UserError where the batch cannot be laid over the devices."""
+    devices = jax.device_count()
+    for name in ("batch_size", "dbt_rows"):
+        rows = getattr(r, name)
+        if rows % devices:
+            raise UserError(f"config.{name} {rows} is not a multiple of the {devices} devices")
