@@ -42,8 +42,12 @@ def main(argv):
 
 
 def from_us_or_serious(record) -> bool:
-    """Console lines are ours; of libraries only errors are shown (checkpointing logs dozens of lines a save)."""
-    return record.levelno >= stdlib_logging.ERROR or "mammodino_jax" in record.pathname or record.filename == "main.py"
+    """Console lines are ours; libraries show errors only (a checkpoint logs dozens of lines)."""
+    return (
+        record.levelno >= stdlib_logging.ERROR
+        or "mammodino_jax" in record.pathname
+        or record.filename == "main.py"
+    )
 
 
 def run(argv):

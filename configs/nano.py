@@ -2,7 +2,7 @@
 
     python main.py --config=configs/nano.py:demo/data --workdir=DIR
 
-The argument is the built data set. All terms are on (DINO-M, iBOT-M, DINO-adj, KoLeo), schedules are compressed.
+The argument is the built data set. All terms are on (DINO-M, iBOT-M, DINO-adj, KoLeo); schedules are short.
 Expect the DINO and iBOT terms to fall; the features are a demonstration, not an encoder to use.
 """
 

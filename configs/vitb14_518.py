@@ -1,12 +1,13 @@
 """ViT-B/14 at 518 px with DINO-M, iBOT-M and DINO-adj: the paper's setting (arXiv 2510.11883).
 
-    python main.py --config=configs/vitb14_518.py --workdir=DIR --config.data.sources="(('DATA','train',('2d','dbt'),1.0),)"
+    python main.py --config=configs/vitb14_518.py --workdir=DIR \\
+        --config.data.sources="(('DATA','train',('2d','dbt'),1.0),)"
 
 Cost by formula: 3.9 TFLOP an image with dedicated slice pairs; about 3e20 FLOP for 100 epochs of 1.4 M images
 without them. Expected result: not run by us so far; no score is claimed.
 
-The paper leaves tau, rho, d, the loss weights, batch, schedules and augmentations unpublished. Every value below
-is ours or DINOv2's, with the reason beside it.
+The paper leaves tau, rho, d, the loss weights, batch, schedules and augmentations unpublished. Every value
+below is ours or DINOv2's, with the reason beside it.
 """
 
 from ml_collections import ConfigDict
@@ -59,7 +60,7 @@ def get_config(arg=None):
             registers=0,
             layerscale=1e-5,  # DINOv2
             drop_path=0.1,  # DINOv2 uses 0.3 for ViT-L; its author advises 0.1 against instability at ViT-B
-            pos_antialias=True,  # DINOv2's register convention: Hugging Face, timm and hub then agree at all sizes
+            pos_antialias=True,  # DINOv2's register convention, right for new training
             pos_offset=0.0,
             remat=True,
             dtype="bfloat16",

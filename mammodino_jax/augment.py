@@ -17,8 +17,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class AugmentConfig:
     """Strengths for global view 1, global view 2 and the local views, in this order where there are three.
 
-    The paper publishes none. Defaults: mild, without solarize and with at most 0.5 px of blur, because DINOv2's blur
-    (up to sigma 2) and solarize teach a model to ignore calcifications.
+    The paper publishes none. Defaults: mild, without solarize and with at most 0.5 px of blur, because
+    DINOv2's blur (up to sigma 2) and solarize teach a model to ignore calcifications.
     """
 
     jitter_prob: float = 0.8
@@ -97,7 +97,7 @@ def photometric(crops_BVSS, sample_B, key, c: AugmentConfig, channels: int, firs
 
 
 def photometric_pairs(crops_APSS, sample_A, key, c: AugmentConfig, channels: int):
-    """Slice pairs: mild brightness and contrast, drawn independently for the two slices; no blur, no solarize."""
+    """Slice pairs: mild brightness and contrast, drawn for each slice; no blur, no solarize."""
 
     def one(crop, sample, view):
         k = jax.random.fold_in(jax.random.fold_in(key, sample), view)

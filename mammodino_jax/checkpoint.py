@@ -54,7 +54,7 @@ def load(workdir: Path, part: str = "state", names: dict | None = None):
     Args:
       workdir: a training workdir.
       part: "state" or "provenance".
-      names: abstract subtree to read, e.g. {"teacher": {"backbone": ...}}; the rest is not read. None reads all.
+      names: abstract subtree to read, e.g. {"teacher": {"backbone": ...}}; None reads all.
 
     Raises:
       UserError: there is no checkpoint.

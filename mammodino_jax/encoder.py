@@ -42,7 +42,7 @@ class Encoder:
     provenance: dict = dataclasses.field(default_factory=dict)
 
     def __call__(self, images) -> dict[str, jax.Array]:
-        """Features of uint8 images [B, H, W]: float32 {"cls": [B, D], "patches": [B, N, D]}, after the final norm."""
+        """Features of uint8 [B, H, W] after the final norm: float32 {"cls": [B, D], "patches": [B, N, D]}."""
         out = _encode(self.params, jnp.asarray(images), self.vit, self.mean, self.std)
         return {"cls": out["cls"], "patches": out["patches"]}
 
@@ -67,7 +67,8 @@ def load_encoder(spec: str) -> Encoder:
         arch = spec.removeprefix("random:")
         if arch not in ARCHITECTURES:
             raise UserError(
-                f"unknown architecture {arch!r}.{suggest(arch, ARCHITECTURES)} Known: {', '.join(ARCHITECTURES)}"
+                f"unknown architecture {arch!r}, known: {', '.join(ARCHITECTURES)}."
+                + suggest(arch, ARCHITECTURES)
             )
         return Encoder(spec, ARCHITECTURES[arch], init_params(ARCHITECTURES[arch], None, seed=0))
     folder = Path(spec)

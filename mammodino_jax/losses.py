@@ -66,7 +66,7 @@ def dino_loss(teacher_BVK, global_BVK, local_BLK):
 
 
 def ibot_loss(teacher_BMK, student_BMK, weight_BM):
-    """Cross-entropy of masked patches: each view's masked patches weigh 1/count, averaged over all 2B views."""
+    """Cross-entropy of masked patches: a view's masked patches weigh 1/count; mean over all 2B views."""
     views = 2 * weight_BM.shape[0]
     return jnp.sum(cross_entropy(teacher_BMK, student_BMK) * weight_BM) / views
 

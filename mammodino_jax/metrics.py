@@ -1,5 +1,6 @@
 """metrics.jsonl, TensorBoard events, and the line on the console; process 0 only."""
 
+import contextlib
 import json
 import math
 import os
@@ -13,7 +14,7 @@ CONSOLE_SECONDS = 5.0  # at most one console line in so many seconds
 
 
 class MetricsWriter:
-    """Writes the metrics of every `log_every`-th step; `time/...` entries are the only ones that vary by run."""
+    """Writes the metrics of every `log_every`-th step; only `time/...` entries vary by run."""
 
     def __init__(self, workdir: Path, start: int, recipe, active: bool = True):
         self._recipe, self._start, self._active = recipe, start, active
@@ -27,8 +28,12 @@ class MetricsWriter:
         self._file = path.open("a", buffering=1)
         self._board = SummaryWriter(str(workdir), purge_step=start or None)
 
-    def waited(self, seconds: float) -> None:
-        """Count time that the loop waited for a batch."""
+    @contextlib.contextmanager
+    def waiting(self):
+        """Counts the time inside as waiting for data."""
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
         self._wait += seconds
         self._wait_since += seconds
 
@@ -60,8 +65,9 @@ class MetricsWriter:
                 if k in row
             )
             logging.info(
-                "step %d/%d  %s  entropy %.2f  %.1f images/s  data wait %.0f %%  ETA %s", step, r.steps, terms,
-                row["teacher_entropy"], row["time/images_per_s"], 100 * row["time/data_wait"], _clock(eta),
+                "step %d/%d  %s  entropy %.2f  %.1f images/s  data wait %.0f %%  ETA %s",
+                step, r.steps, terms, row["teacher_entropy"],
+                row["time/images_per_s"], 100 * row["time/data_wait"], _clock(eta),
             )  # fmt: skip
 
     def close(self) -> None:

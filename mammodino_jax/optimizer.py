@@ -12,7 +12,7 @@ import optax
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """Not published by the paper; the defaults are DINOv2's ssl_default_config except where a comment says so."""
+    """Not published by the paper; the defaults are DINOv2's ssl_default_config."""
 
     base_lr: float = 4e-3  # at batch 1024, scaled by sqrt(batch / 1024)
     final_lr: float = 1e-6
@@ -42,7 +42,7 @@ def path_names(path) -> tuple[str, ...]:
 
 
 def multipliers(params: dict, c: OptimConfig, depth: int) -> tuple[dict, dict, dict]:
-    """Trees of floats beside `params`: learning-rate factor, weight-decay factor, and 1 where the last layer is.
+    """Trees of floats beside `params`: learning-rate factor, weight-decay factor, 1 where the last layer is.
 
     Tokens and positions count as layer 0, block i as layer i + 1, the final norm and the heads as depth + 1.
     """

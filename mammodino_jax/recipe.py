@@ -1,4 +1,4 @@
-"""From a ConfigDict to frozen dataclasses, checked once at the boundary; nothing behind it sees a ConfigDict."""
+"""From a ConfigDict to frozen dataclasses, checked once at the boundary."""
 
 import dataclasses
 

@@ -1,6 +1,6 @@
 """Schedules of DINOv2 (utils/utils.py CosineScheduler): step number -> value.
 
-Each is computed in float64 for a Python int (logs, tests) and with jnp for a traced step (inside the train step).
+Each is computed in float64 for a Python int and with jnp for a traced step.
 """
 
 import dataclasses
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Cosine:
-    """Linear warmup from `start` to `base` (the first value is exactly `start`, the last of the warmup is `base`),
-    then a half cosine from `base` towards `final`, then constant `final` from step `total` on."""
+    """Linear warmup from `start` to `base` (its first value is exactly `start`, its last `base`), then a half
+    cosine from `base` towards `final`, then constant `final` from step `total` on."""
 
     base: float
     final: float

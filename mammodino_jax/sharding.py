@@ -14,7 +14,7 @@ MIN_BYTES = 4 * 2**20  # smaller arrays are replicated: gathering them costs mor
 
 
 def make_mesh(fsdp: int = 1) -> jax.sharding.Mesh:
-    """All devices of all processes as [devices / fsdp, fsdp]; fsdp > 1 shards large parameters that many ways."""
+    """All devices as [devices / fsdp, fsdp]; fsdp > 1 shards large parameters that many ways."""
     devices = jax.device_count()
     if fsdp < 1 or devices % fsdp:
         raise UserError(f"config.fsdp = {fsdp} does not divide the {devices} devices")

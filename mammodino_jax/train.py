@@ -1,12 +1,11 @@
 """Pretraining: a pure train step, and one linear `train()`.
 
-B images a global batch, V views, L local views, N patches a view, M masked-patch slots, A slice pairs, D width,
-K prototypes, S side, C channels.
+B images a global batch, V views, L local views, N patches a view, M masked-patch slots, A slice pairs,
+D width, K prototypes, S side, C channels.
 """
 
 import functools
 import json
-import time
 from pathlib import Path
 
 import jax
@@ -16,7 +15,7 @@ from absl import logging
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mammodino_jax import losses, provenance
+from mammodino_jax import checkpoint, losses, provenance
 from mammodino_jax.augment import photometric, photometric_pairs
 from mammodino_jax.checkpoint import Checkpoints
 from mammodino_jax.data.pipeline import make_batches
@@ -57,7 +56,7 @@ def schedule(recipe: Recipe, step) -> dict:
 
 
 def make_views(batch: dict, recipe: Recipe) -> dict:
-    """Augmented, normalised float views of a uint8 batch; randomness depends on (seed, sample, view) alone."""
+    """Augmented, normalised float views of a uint8 batch; draws depend on (seed, sample, view) alone."""
     c, channels = recipe.augment, recipe.model.channels
     key = jax.random.key(recipe.seed)
     views = {
@@ -75,7 +74,7 @@ def make_views(batch: dict, recipe: Recipe) -> dict:
 
 
 def _encode(net, views_BVSSC, mask=None, key=None, group=0):
-    """Backbone on [B, V, S, S, C]: CLS [B, V, D] and patch tokens [B, V*N, D]; views of an image stay together."""
+    """Backbone on [B, V, S, S, C]: CLS [B, V, D] and patch tokens [B, V*N, D]."""
     B, V = views_BVSSC.shape[:2]
     out = net.backbone(views_BVSSC.reshape(B * V, *views_BVSSC.shape[2:]), mask, key, group * V)
     return out["cls"].reshape(B, V, -1), out["patches"].reshape(B, -1, out["patches"].shape[-1])
@@ -185,7 +184,7 @@ def apply_gradients(
 
 
 def train_step(state: dict, batch: dict, *, recipe: Recipe) -> tuple[dict, dict]:
-    """One step on a uint8 batch. A step that is not finite keeps everything but the step number (metric `bad`)."""
+    """One step on a uint8 batch; one that is not finite keeps all but the step number (metric `bad`)."""
     step = state["step"]
     values = schedule(recipe, step)
     # drop-path draws by step; photometrics by sample (make_views), so neither depends on the device count
@@ -208,23 +207,25 @@ def train_step(state: dict, batch: dict, *, recipe: Recipe) -> tuple[dict, dict]
     return new, {**metrics, **values, "bad": 1.0 - finite.astype(jnp.float32)}
 
 
-def prepare_workdir(config, workdir: Path) -> None:
-    """Write config.json, or check that the workdir there belongs to this config (`run` and workers may differ)."""
-    values = json.loads(json.dumps(config.to_dict()))
+def check_workdir(config, workdir: Path) -> None:
+    """Raise a UserError where the workdir belongs to another config (`run` and data workers may differ)."""
     path = workdir / "config.json"
-    if path.exists():
-        flat = [dict(_flatten(c)) for c in (json.loads(path.read_text()), values)]
-        free = ("run.", "data.workers", "data.threads", "data.prefetch")
-        names = sorted(k for k in flat[0].keys() | flat[1].keys() if not k.startswith(free))
-        changed = [k for k in names if flat[0].get(k) != flat[1].get(k)]
-        if changed:
-            k = changed[0]
-            raise UserError(
-                f"workdir {workdir} belongs to another config: {k} is {flat[0].get(k)} there and {flat[1].get(k)} "
-                f"here ({len(changed)} fields differ); give another --workdir or the same config"
-            )
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=1))
+    if not path.exists():
+        return
+    there, here = (dict(_flatten(c)) for c in (json.loads(path.read_text()), _jsonable(config)))
+    free = ("run.", "data.workers", "data.threads")
+    names = sorted(name for name in there.keys() | here.keys() if not name.startswith(free))
+    changed = [name for name in names if there.get(name) != here.get(name)]
+    if changed:
+        name = changed[0]
+        raise UserError(
+            f"workdir {workdir} belongs to another config: {name} is {there.get(name)} there and "
+            f"{here.get(name)} here ({len(changed)} fields differ); give another --workdir or the same config"
+        )
+
+
+def _jsonable(config) -> dict:
+    return json.loads(json.dumps(config.to_dict()))
 
 
 def _flatten(tree: dict, prefix: str = ""):
@@ -235,44 +236,49 @@ def _flatten(tree: dict, prefix: str = ""):
             yield prefix + key, value
 
 
-def train(config, workdir: str) -> dict:
-    """Train as `config` says, in `workdir`; the same call again resumes from the newest checkpoint.
-
-    Returns the final train state.
-    """
-    recipe = from_config(config)
-    check_devices(recipe)
-    workdir = Path(workdir).absolute()
-    seen = provenance.collect(recipe.data)  # reads the indices: fails before anything is written
-    prepare_workdir(config, workdir)
-    logging.info("process %d of %d, devices: %s", jax.process_index(), jax.process_count(), jax.devices())
-
-    mesh = make_mesh(recipe.fsdp)
+def start_or_resume(recipe: Recipe, mesh, checkpoints: Checkpoints):
+    """The state to go on from (the newest checkpoint's, else step 0) and the compiled train step."""
     abstract = jax.eval_shape(functools.partial(init_state, recipe))
     shardings = state_shardings(abstract, mesh)
     replicated = NamedSharding(mesh, P())
     step_fn = jax.jit(
         functools.partial(train_step, recipe=recipe), donate_argnums=0, out_shardings=(shardings, replicated)
     )
-
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=recipe.run.keep_checkpoints)
     if checkpoints.latest is None:
-        state = jax.jit(functools.partial(init_state, recipe), out_shardings=shardings)()
-    else:
-        target = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
-        )
-        state = checkpoints.restore(target)
-    start = int(state["step"])
-    if start >= recipe.steps:
-        logging.info("%s is trained to step %d already", workdir, start)
-        return state
+        return jax.jit(functools.partial(init_state, recipe), out_shardings=shardings)(), step_fn
+    target = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+    )
+    return checkpoints.restore(target), step_fn
 
+
+def train(config, workdir: str) -> dict:
+    """Train as `config` says, in `workdir`; the same call again resumes from the newest checkpoint.
+
+    Returns the final train state.
+
+    Raises:
+      UserError: config, data or workdir do not fit; nothing has been written then.
+      FloatingPointError: three steps in a row were not finite.
+    """
+    recipe, workdir = from_config(config), Path(workdir).absolute()
+    check_devices(recipe)
+    check_workdir(config, workdir)
+    seen = provenance.collect(recipe.data)
+    start = max(checkpoint.steps(workdir / "checkpoints"), default=0)
     batches = make_batches(
         recipe.data, recipe.crops, recipe.mask, recipe.pairs,
-        batch_size=recipe.batch_size, dbt_rows=recipe.dbt_rows, steps=recipe.steps, seed=recipe.seed,
-        process_index=jax.process_index(), process_count=jax.process_count(), start_step=start,
+        batch_size=recipe.batch_size, dbt_rows=recipe.dbt_rows, steps=max(recipe.steps, start),
+        seed=recipe.seed, start_step=start,
+        process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(json.dumps(_jsonable(config), indent=1))
+    logging.info("process %d of %d, devices: %s", jax.process_index(), jax.process_count(), jax.devices())
+    mesh = make_mesh(recipe.fsdp)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=recipe.run.keep_checkpoints)
+    state, step_fn = start_or_resume(recipe, mesh, checkpoints)
     writer = MetricsWriter(workdir, start, recipe, active=jax.process_index() == 0)
     bad, pending = 0, None
 
@@ -280,15 +286,14 @@ def train(config, workdir: str) -> dict:
         """Read the metrics of a step (after the next one was dispatched) and stop after three bad steps."""
         nonlocal bad
         metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        writer.write(step, metrics)
         bad = bad + 1 if metrics["bad"] else 0
         if bad == 3:
             raise FloatingPointError(f"loss or gradients were not finite in steps {step - 2} to {step}")
-        writer.write(step, metrics)
 
     for step in range(start, recipe.steps):
-        waited = time.perf_counter()
-        batch = next(batches)
-        writer.waited(time.perf_counter() - waited)
+        with writer.waiting():
+            batch = next(batches)
         if step == 0 and jax.process_index() == 0:
             draw_batch(batch, workdir / "samples", recipe.model.patch_size)
         state, metrics = step_fn(state, put_batch(batch, mesh))
@@ -301,5 +306,5 @@ def train(config, workdir: str) -> dict:
             checkpoints.save(step + 1, state, seen)
     checkpoints.close()
     writer.close()
-    logging.info("trained to step %d; checkpoint in %s", recipe.steps, workdir / "checkpoints")
+    logging.info("trained to step %d; checkpoints in %s", int(state["step"]), workdir / "checkpoints")
     return state

@@ -1,9 +1,13 @@
-"""Shared fixtures. Real images and golden files live beside the project in ../shared and are never committed."""
+"""Shared fixtures. Real images and golden files lie beside the project in ../shared; none is committed."""
 
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# the same small programs are compiled by many tests and subprocesses: compile each once a session
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jax-cache-"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import pytest
 from absl import flags
@@ -20,5 +24,5 @@ def shared() -> Path:
     """The folder of real images, golden files and weights; tests that need it skip where it is absent."""
     path = Path(os.environ.get("MAMMODINO_SHARED", REPO.parent / "shared"))
     if not path.is_dir():
-        pytest.skip("real test images and golden files (MAMMODINO_SHARED or ../shared) are not on this machine")
+        pytest.skip("no real test images and golden files here (MAMMODINO_SHARED or ../shared)")
     return path

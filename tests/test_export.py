@@ -55,7 +55,11 @@ def plain_torch_vit(weights, x, heads):
 
     w = {k: torch.from_numpy(a) for k, a in weights.items()}
     dim = w["cls_token"].shape[-1]
-    t = F.conv2d(x, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=14).flatten(2).transpose(1, 2)
+    t = (
+        F.conv2d(x, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=14)
+        .flatten(2)
+        .transpose(1, 2)
+    )
     t = torch.cat([w["cls_token"].expand(len(x), 1, dim), t], 1) + w["pos_embed"]
     for i in range(1 + max(int(k.split(".")[1]) for k in w if k.startswith("blocks"))):
         p = {k.removeprefix(f"blocks.{i}."): a for k, a in w.items() if k.startswith(f"blocks.{i}.")}
@@ -65,7 +69,11 @@ def plain_torch_vit(weights, x, heads):
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(t.shape)
         t = t + p["ls1.gamma"] * F.linear(y, p["attn.proj.weight"], p["attn.proj.bias"])
         y = F.layer_norm(t, (dim,), p["norm2.weight"], p["norm2.bias"], 1e-6)
-        y = F.linear(F.gelu(F.linear(y, p["mlp.fc1.weight"], p["mlp.fc1.bias"])), p["mlp.fc2.weight"], p["mlp.fc2.bias"])
+        y = F.linear(
+            F.gelu(F.linear(y, p["mlp.fc1.weight"], p["mlp.fc1.bias"])),
+            p["mlp.fc2.weight"],
+            p["mlp.fc2.bias"],
+        )
         t = t + p["ls2.gamma"] * y
     return F.layer_norm(t, (dim,), w["norm.weight"], w["norm.bias"], 1e-6)
 

@@ -39,7 +39,9 @@ def test_center_moves_by_valid_rows_only():
     expected = 0.1 * x[np.array([0, 1, 4])].mean(0)
     np.testing.assert_allclose(losses.update_center(jnp.zeros(16), x, weight), expected, rtol=1e-5)
     center = jnp.ones(16)
-    np.testing.assert_allclose(losses.update_center(center, x, jnp.zeros(6)), center)  # nothing masked: no move
+    np.testing.assert_allclose(
+        losses.update_center(center, x, jnp.zeros(6)), center
+    )  # nothing masked: no move
 
 
 def test_dino_loss_counts_every_pair_of_different_views_once():

@@ -26,8 +26,9 @@ unofficial implementation of MammoDINO (arXiv 2510.11883). Research only, not a 
 
 Pretrained on: {sources}. Terms of the sources: {terms}.
 
-Input: grey records as `python -m data_prep build` writes them (breast box, 8 bit, background 0), scaled to [0, 1],
-{channels}, then (x - mean) / std with mean {mean} and std {std}. Trained on {size}-pixel crops.
+Input: grey records as `python -m data_prep build` writes them (breast box, 8 bit, background 0),
+scaled to [0, 1], {channels}, then (x - mean) / std with mean {mean} and std {std}.
+Trained on {size}-pixel crops.
 
 {usage}
 """
@@ -37,7 +38,7 @@ from transformers import AutoModel
 model = AutoModel.from_pretrained("{folder}")
 features = model(pixel_values=x).last_hidden_state[:, 0]  # CLS; x float32 [B, {c}, {size}, {size}]
 ```
-At other sizes than {size} pixels Hugging Face resamples position embeddings in its own way, so features differ there.""",
+At other sizes than {size} pixels Hugging Face resamples positions in its own way: features differ there.""",
     "hub": """`model.safetensors` holds the state dict of facebookresearch/dinov2's `DinoVisionTransformer`:
 ```python
 from safetensors.torch import load_file
@@ -76,12 +77,13 @@ def export(encoder: Encoder, form: str, output: Path, version: str) -> None:
         "provenance": encoder.provenance,
     }
     (output / "mammodino.json").write_text(json.dumps(about, indent=1))
-    facts = dict(folder=output.name, c=vit.channels, size=vit.image_size)
+    facts, seen = dict(folder=output.name, c=vit.channels, size=vit.image_size), encoder.provenance
     card = _CARD.format(
-        library="transformers" if form == "hf" else "pytorch", name=encoder.name, dim=vit.dim, depth=vit.depth,
-        patch=vit.patch_size, version=version, size=vit.image_size, mean=encoder.mean, std=encoder.std,
-        sources="; ".join(" ".join(s) for s in encoder.provenance.get("sources", [])) or "nothing recorded",
-        terms="; ".join(f"{k}: {v}" for k, v in encoder.provenance.get("terms", {}).items()) or "none recorded",
+        library="transformers" if form == "hf" else "pytorch",
+        name=encoder.name, dim=vit.dim, depth=vit.depth, patch=vit.patch_size,
+        version=version, size=vit.image_size, mean=encoder.mean, std=encoder.std,
+        sources="; ".join(" ".join(s) for s in seen.get("sources", [])) or "nothing recorded",
+        terms="; ".join(f"{k}: {v}" for k, v in seen.get("terms", {}).items()) or "none recorded",
         channels="repeated to 3 channels" if vit.channels == 3 else "one channel",
         usage=_USAGE[form].format(**facts),
     )  # fmt: skip
@@ -96,7 +98,9 @@ def load(folder: Path) -> Encoder:
     """
     path = Path(folder) / "mammodino.json"
     if not path.is_file():
-        raise UserError(f"{folder} has weights but no mammodino.json: not a folder that mammodino_jax exported")
+        raise UserError(
+            f"{folder} has weights but no mammodino.json: not a folder that mammodino_jax exported"
+        )
     about = json.loads(path.read_text())
     vit = ViTConfig(**about["vit"])
     expected = to_hub(_abstract(vit))

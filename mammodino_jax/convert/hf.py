@@ -1,4 +1,4 @@
-"""Hub names <-> the names in Hugging Face's files of Dinov2Model and Dinov2WithRegistersModel, and config.json.
+"""Hub names <-> names in Hugging Face's files of Dinov2Model and Dinov2WithRegistersModel; config.json.
 
 transformers renames some of these in memory, but its files keep the names below.
 """

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def to_hub(params: dict) -> dict[str, np.ndarray]:
-    """Nested parameters to a flat state dict, float32, PyTorch layouts: `blocks.0.attn.qkv.weight` [out, in]."""
+    """Nested parameters to a float32 state dict in PyTorch layouts: `blocks.0.attn.qkv.weight` [out, in]."""
     out = {}
 
     def walk(node, names):

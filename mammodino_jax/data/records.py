@@ -28,14 +28,14 @@ _text, _int, _float = pa.string(), pa.int32(), pa.float32()
 
 # One row a record, in record order within a split. label_<name> columns (nullable int8) follow these.
 INDEX = pa.schema([
-    ("image_id", _text), ("patient_id", _text), ("study_id", _text), ("volume_id", _text),  # volume_id: dbt only
+    ("image_id", _text), ("patient_id", _text), ("study_id", _text), ("volume_id", _text),  # dbt only
     ("dataset", _text), ("kind", _text), ("laterality", _text), ("view", _text), ("view_modifier", _text),
     ("manufacturer", _text), ("model", _text), ("site", _text), ("implant", pa.bool_()),
     ("slice_index", _int), ("num_slices", _int),  # slice_index is 0-based
     ("slice_position_mm", _float), ("slice_mm", _float), ("slab_mm", _float),
     ("pixel_mm", _float), ("pixel_mm_source", _text),  # pixel_mm is of the record; null where unknown
     ("height", _int), ("width", _int),  # of the record
-    ("box_y0", _int), ("box_x0", _int), ("box_y1", _int), ("box_x1", _int),  # the record's box in source pixels
+    ("box_y0", _int), ("box_x0", _int), ("box_y1", _int), ("box_x1", _int),  # in source pixels
     ("flipped", pa.bool_()),  # mirrored left-right after cropping
     ("coverage", _float),  # tissue share of the record
     ("window_lo", _float), ("window_hi", _float), ("mask_recipe", _text),
@@ -76,8 +76,12 @@ def encode(image: np.ndarray, image_id: str) -> bytes:
     """
     if image.dtype != np.uint8 or image.ndim != 2:
         raise ValueError(f"image: expected uint8 [H, W], got {image.dtype} {image.shape}")
+    from tensorflow_datasets.proto import tf_example_pb2
+
     mask = np.packbits((image > 0).ravel())
-    return features().serialize_example({"image": image, "mask": mask, "image_id": image_id})
+    record = features().serialize_example({"image": image, "mask": mask, "image_id": image_id})
+    # A proto map is written in an order that changes from process to process; equal input gives equal bytes.
+    return tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True)
 
 
 def decode(record: bytes) -> dict:
@@ -112,7 +116,7 @@ def read_prep(folder: Path) -> dict:
     prep = json.loads((folder / "prep.json").read_text())
     if prep.get("schema_version") != SCHEMA_VERSION:
         raise UserError(
-            f"{folder} has shards of schema version {prep.get('schema_version')}, this code reads {SCHEMA_VERSION}; "
-            "build them again with: python -m data_prep build"
+            f"{folder} has shards of schema version {prep.get('schema_version')}, this code reads "
+            f"{SCHEMA_VERSION}; build them again with: python -m data_prep build"
         )
     return prep

@@ -86,7 +86,7 @@ def _graphdef(vit: ViTConfig, head: HeadConfig | None):
 
 
 def init_params(vit: ViTConfig, head: HeadConfig | None, seed: int) -> dict:
-    """Parameters as a plain nested dict: of the whole network, or of the backbone alone where head is None."""
+    """Parameters as a plain nested dict: the whole network's, or the backbone's where head is None."""
     rngs = nnx.Rngs(seed)
     module = ViT(vit, rngs) if head is None else Network(vit, head, rngs)
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))

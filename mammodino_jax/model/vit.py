@@ -119,8 +119,8 @@ class LayerScale(nnx.Module):
 def residual(x_BTD, branch, key, rate: float, group: int):
     """x + branch(x); in training the branch runs on a random subset of each group of rows only.
 
-    DINOv2's batch-subset stochastic depth: of every `group` consecutive rows, int(group * (1 - rate)) are drawn
-    (at least one), and their branch is scaled by group / drawn. The size is static, so the compute is saved.
+    DINOv2's batch-subset stochastic depth: of every `group` consecutive rows, int(group * (1 - rate)) are
+    drawn (at least one), and their branch is scaled by group / drawn. The size is static: compute is saved.
     """
     if key is None or rate == 0.0:
         return x_BTD + branch(x_BTD)

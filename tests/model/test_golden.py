@@ -1,6 +1,6 @@
 """One training step equals one unmodified step of DINOv2 (../shared/golden, see reference/learning.md).
 
-If this fails after a change on purpose: it may not. The algorithm is DINOv2's; make the change optional instead.
+If this fails after a change on purpose: it may not. The algorithm is DINOv2's: make the change optional.
 """
 
 import os

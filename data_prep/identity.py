@@ -1,0 +1,48 @@
+"""Ids that cannot be turned back: HMAC-SHA256 with a key that stays with the data's owner.
+
+The key is made on first use and never lies in a data folder. Builds with the same key give a patient the same
+id.
+"""
+
+import hashlib
+import hmac
+import os
+import secrets
+from pathlib import Path
+
+from mammodino_jax.errors import UserError
+
+
+def key_path(given: str | None = None) -> Path:
+    """Where the key lies: --key, else MAMMODINO_KEY_FILE, else ~/.config/mammodino/key."""
+    return Path(
+        given or os.environ.get("MAMMODINO_KEY_FILE") or Path.home() / ".config/mammodino/key"
+    ).expanduser()
+
+
+def load_key(path: Path, output: Path) -> bytes:
+    """Read the key; make it (mode 600) where there is none.
+
+    Raises:
+      UserError: the key would lie inside `output`, is too short, or cannot be written.
+    """
+    if output.resolve() in path.resolve().parents:
+        raise UserError(
+            f"key file {path} lies in the output folder, which is shared with others; choose another place"
+        )
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(secrets.token_hex(32) + "\n")
+        key = path.read_bytes().strip()
+    except OSError as error:
+        raise UserError(f"key file {path}: {error.strerror}; give another one with --key FILE") from error
+    if len(key) < 16:
+        raise UserError(f"key file {path} holds {len(key)} characters, expected at least 16")
+    return key
+
+
+def hash_id(key: bytes, dataset: str, role: str, original: str) -> str:
+    """32 hex digits for one original id. `role` (image, patient, ...) keeps equal originals apart."""
+    return hmac.new(key, "\0".join((dataset, role, original)).encode(), hashlib.sha256).hexdigest()[:32]

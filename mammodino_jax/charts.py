@@ -1,0 +1,122 @@
+"""Charts of the report, as SVG: training curves, and probe scores with their intervals."""
+
+import io
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+INK, GREY, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+# Okabe and Ito's colours, told apart with any colour vision
+BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", "#a64d79", "#56b4e9"
+TERMS = {
+    "dino_global": ("DINO-M global", BLUE),
+    "dino_local": ("DINO-M local", SKY),
+    "ibot": ("iBOT-M", ORANGE),
+    "adjacent": ("DINO-adj", GREEN),
+}
+STYLE = {
+    "font.family": "sans-serif", "font.size": 10,
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GREY,
+    "xtick.color": GREY, "ytick.color": GREY, "axes.grid": True, "grid.color": GRID, "axes.axisbelow": True,
+    "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "report",
+    "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
+}  # fmt: skip
+
+
+def _svg(figure) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+    return out.getvalue()
+
+
+def series(rows: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a metric, where it was logged."""
+    pairs = [(row["step"], row[name]) for row in rows if name in row]
+    return tuple(np.array(pairs, float).reshape(-1, 2).T)
+
+
+def _line(ax, rows, name: str, label: str, colour: str) -> None:
+    """Raw values faint, their running mean over a 20th of the run strong."""
+    steps, values = series(rows, name)
+    if not len(steps):
+        return
+    ax.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+    width = max(1, len(values) // 20)
+    mean = np.convolve(values, np.ones(width) / width, "valid")
+    ax.plot(steps[width - 1 :], mean, color=colour, linewidth=1.8, label=label)
+
+
+def training(rows: list[dict]) -> bytes:
+    """Loss terms, KoLeo, teacher entropy and learning rate over the steps of a run."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(2, 2, figsize=(10.5, 6.2), width_ratios=(3, 2), layout="constrained")
+        for name, (label, colour) in TERMS.items():
+            _line(axes[0, 0], rows, name, label, colour)
+        _line(axes[0, 1], rows, "koleo", "KoLeo", PURPLE)
+        _line(axes[1, 0], rows, "teacher_entropy", "CLS", BLUE)
+        _line(axes[1, 0], rows, "teacher_entropy_patch", "patches", ORANGE)
+        for bound, text in ((0.98, "0.98: uniform"), (0.1, "0.1: collapsed")):
+            axes[1, 0].axhline(bound, color=GREY, linewidth=1, linestyle="--")
+            axes[1, 0].text(0.995, bound - 0.02, text, color=GREY, fontsize=8, ha="right", va="top",
+                            transform=axes[1, 0].get_yaxis_transform())  # fmt: skip
+        axes[1, 0].set_ylim(0, 1.04)
+        _line(axes[1, 1], rows, "lr", "learning rate", INK)
+        axes[1, 1].ticklabel_format(axis="y", style="sci", scilimits=(-3, -3))
+        titles = ("Loss terms (nats)", "KoLeo", "Teacher entropy (of ln K)", "Learning rate")
+        for ax, title in zip(axes.ravel(), titles, strict=True):
+            ax.set_title(title)
+        for ax in (axes[0, 0], axes[1, 0]):
+            place = {"loc": "lower right", "bbox_to_anchor": (1, 0.98), "borderaxespad": 0}
+            handles, labels = ax.get_legend_handles_labels()
+            ax.legend(
+                handles,
+                labels,
+                frameon=False,
+                ncols=4,
+                fontsize=8.5,
+                handlelength=1,
+                columnspacing=1,
+                **place,
+            )
+        for ax in axes[1]:
+            ax.set_xlabel("step")
+        return _svg(figure)
+
+
+def probes(results: dict) -> bytes:
+    """AUC with its 95 % interval of each feature set and probe: a panel a task, a line a row of the table."""
+    tasks = results["tasks"]
+    names = list(dict.fromkeys(row["features"] for task in tasks for row in task["rows"]))
+    colours = {"majority class": GREY, "hand-made": GREEN, "random init": ORANGE}
+    columns = min(2, len(tasks))
+    lines = -(-len(tasks) // columns)
+    with plt.rc_context({**STYLE, "axes.grid.axis": "x"}):
+        size = (10.5, lines * (0.9 + 0.42 * len(names)))
+        figure, axes = plt.subplots(
+            lines, columns, figsize=size, squeeze=False, sharex=True, layout="constrained"
+        )
+        for ax in axes.ravel()[len(tasks) :]:
+            ax.set_visible(False)
+        for ax, task in zip(axes.ravel(), tasks, strict=False):
+            for row in task["rows"]:
+                if row["auc"] is None:
+                    continue
+                y = names.index(row["features"]) + {"kNN": -0.16, "linear": 0.16}.get(row["probe"], 0)
+                colour = colours.get(row["features"], BLUE)
+                if row["low"] is not None:
+                    ax.plot(
+                        [row["low"], row["high"]], [y, y], color=colour, linewidth=2, solid_capstyle="round"
+                    )
+                face = "white" if row["probe"] == "kNN" else colour
+                ax.plot(row["auc"], y, "o", color=colour, markerfacecolor=face, markersize=6)
+            ax.axvline(0.5, color=GREY, linewidth=1, linestyle="--")
+            ax.set_yticks(range(len(names)), names, color=INK)
+            ax.set_ylim(len(names) - 0.5, -0.5)
+            ax.set_xlim(-0.02, 1.02)
+            ax.set_title(f"{task['task']} ({task['test_items']} items, {task['test_patients']} patients)")
+            ax.set_xlabel("AUC")
+        return _svg(figure)

@@ -1,0 +1,178 @@
+"""The records that training draws from: columns of index.parquet beside the open shards.
+
+Columns are numpy arrays, a place each record in use (1.4 million rows as dicts would take gigabytes and be
+copied to every worker process).
+"""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import grain
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mammodino_jax.data import records
+from mammodino_jax.errors import UserError, suggest
+
+_COLUMNS = (
+    "patient_id", "volume_id", "kind", "slice_index", "slice_position_mm", "slice_mm", "pixel_mm",
+    "duplicate_of", "flags",
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Shards:
+    """One split of a built data set, opened in record order; pickles as paths."""
+
+    folder: str
+    split: str
+    source: grain.sources.ArrayRecordDataSource
+
+    def read(self, record: int) -> np.ndarray:
+        """The image u8 [H, W] of a record. Raises UserError, naming folder and record."""
+        try:
+            return records.decode(self.source[record])["image"]
+        except Exception as error:
+            raise UserError(
+                f"{self.folder}: record {record} of split {self.split} cannot be read "
+                f"({type(error).__name__}: {error}); build the data set again"
+            ) from error
+
+
+@dataclasses.dataclass
+class Records:
+    """Records in use, of all sources. [n] arrays unless said otherwise; unknown numbers are NaN."""
+
+    shards: list[Shards]  # one a source
+    weights: list[float]  # one a source: its share of a stream's draws, relative to the others'
+    source: np.ndarray  # i32, place in `shards`
+    record: np.ndarray  # i64, place in the split
+    patient: np.ndarray  # i32, low 31 bits of sha256(patient_id)
+    dbt: np.ndarray  # bool: a tomosynthesis slice
+    slice_index: np.ndarray  # i32; -1: none
+    position_mm: np.ndarray  # f32, of the slice in its volume
+    pixel_mm: np.ndarray  # f32
+    volumes: list[np.ndarray]  # a volume each: i64 places in these arrays, in slice order
+
+    def image(self, place: int) -> np.ndarray:
+        return self.shards[self.source[place]].read(int(self.record[place]))
+
+
+def patient_number(patient_id: str) -> int:
+    """Low 31 bits of sha256: what batches carry instead of the id."""
+    return int.from_bytes(hashlib.sha256(patient_id.encode()).digest(), "big") & 0x7FFFFFFF
+
+
+def open_split(folder: str | Path, split: str, columns=None) -> tuple[Shards, pa.Table]:
+    """Open the shards of a split and read its index rows, in record order.
+
+    Returns:
+      Shards, and a table of `columns` (None: all) with `row`, the row's number in index.parquet, appended.
+
+    Raises:
+      UserError: no such split, or index and shards disagree.
+    """
+    if split not in records.SPLITS:
+        known = ", ".join(records.SPLITS) + "." + suggest(split, records.SPLITS)
+        raise UserError(f'unknown split "{split}" of {folder}; expected one of {known}')
+    records.read_prep(folder)
+    index_file = Path(folder) / "index.parquet"
+    if not index_file.is_file():
+        raise UserError(f"{folder} has no index.parquet; build it again with: python -m data_prep build")
+    table = pq.read_table(index_file, columns=None if columns is None else [*columns, "split"])
+    table = table.append_column("row", pa.array(np.arange(len(table), dtype=np.int32)))
+    table = table.filter(pc.equal(table["split"], split))
+    paths = records.shard_paths(folder, split)
+    if not paths or not len(table):
+        raise UserError(f'{folder} has no records of split "{split}"; choose another split or data set')
+    source = grain.sources.ArrayRecordDataSource(paths)
+    if len(source) != len(table):
+        raise UserError(
+            f"{folder}: split {split} has {len(source)} records but {len(table)} rows in index.parquet; "
+            "build it again with: python -m data_prep build"
+        )
+    return Shards(str(folder), split, source), table
+
+
+def _kept(table: pa.Table, kinds, exclude_flags, where: str) -> np.ndarray:
+    """Places of the rows to train on, i64. Raises UserError, with what each filter removed, if none are."""
+    for kind in kinds:
+        if kind not in records.KINDS:
+            known = ", ".join(records.KINDS) + "." + suggest(kind, records.KINDS)
+            raise UserError(f'unknown kind "{kind}" of {where}; expected {known}')
+    flags = table["flags"].combine_chunks()
+    excluded = pc.is_in(pc.list_flatten(flags), pa.array(exclude_flags, pa.string()))
+    flagged = np.zeros(len(table), bool)
+    flagged[pc.list_parent_indices(flags).filter(excluded).to_numpy()] = True
+    wrong_kind = ~pc.is_in(table["kind"], pa.array(kinds, pa.string())).to_numpy()
+    duplicate = table["duplicate_of"].is_valid().to_numpy()
+    kept = np.flatnonzero(~(wrong_kind | flagged | duplicate))
+    if not kept.size:
+        flagged, duplicate = flagged & ~wrong_kind, duplicate & ~wrong_kind & ~flagged
+        raise UserError(
+            f"no records left in {where}: of {len(table)}, {wrong_kind.sum()} are of other kinds than "
+            f"{', '.join(kinds)}, {flagged.sum()} have an excluded flag ({', '.join(exclude_flags)}), "
+            f"{duplicate.sum()} are duplicates"
+        )
+    return kept
+
+
+def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray, list]:
+    """A text column as i64 codes (-1: null) and the texts they stand for."""
+    encoded = column.combine_chunks().dictionary_encode()
+    return encoded.indices.fill_null(-1).to_numpy().astype(np.int64), encoded.dictionary.to_pylist()
+
+
+def open_records(sources, exclude_flags=()) -> Records:
+    """Open all sources.
+
+    Args:
+      sources: [(folder, split, kinds, weight), ...]; kinds is a name or a sequence of records.KINDS.
+      exclude_flags: records with one of these flags are left out, and so are duplicates.
+
+    Raises:
+      UserError: no sources; a folder that is missing or of another schema version; an unknown split or kind;
+        no record left after the filters; a weight that is not positive.
+    """
+    if not sources:
+        raise UserError("data.sources is empty; give (folder, split, kinds, weight) of a built data set")
+    shards, weights, parts, volume_count = [], [], [], 0
+    for number, (folder, split, kinds, weight) in enumerate(sources):
+        if weight <= 0:
+            raise UserError(f"weight {weight} of source {folder} must be positive; or leave the source out")
+        opened, table = open_split(folder, split, _COLUMNS)
+        kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+        record = _kept(table, kinds, tuple(exclude_flags), f"{folder} ({split})")
+        table = table.take(record)
+        patient, patient_ids = _codes(table["patient_id"].fill_null(""))
+        volume, volume_ids = _codes(table["volume_id"])
+        dbt = pc.equal(table["kind"], "dbt").to_numpy()
+        number_of = np.array([patient_number(p) for p in patient_ids], np.int32)
+        spacing, slice_index = _numbers(table["slice_mm"]), table["slice_index"].fill_null(-1).to_numpy()
+        position = _numbers(table["slice_position_mm"])
+        parts.append({
+            "source": np.full(len(record), number, np.int32),
+            "record": record,
+            "patient": number_of[patient],
+            "dbt": dbt,
+            "volume": np.where(dbt & (volume >= 0) & (slice_index >= 0), volume + volume_count, -1),
+            "slice_index": slice_index,
+            "position_mm": np.where(np.isnan(position), slice_index * spacing, position),
+            "pixel_mm": _numbers(table["pixel_mm"]),
+        })  # fmt: skip
+        shards.append(opened)
+        weights.append(float(weight))
+        volume_count += len(volume_ids)
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    order = np.lexsort((columns["slice_index"], columns["volume"]))
+    volume = columns.pop("volume")
+    order = order[volume[order] >= 0]
+    volumes = np.split(order, np.flatnonzero(np.diff(volume[order])) + 1) if order.size else []
+    return Records(shards, weights, **columns, volumes=volumes)
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    return column.to_numpy().astype(np.float32)  # null becomes NaN

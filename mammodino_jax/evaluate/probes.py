@@ -1,0 +1,151 @@
+"""Probes on frozen features, and the folds they are trained, chosen and tested on.
+
+n items, D features, C classes. Features are standardised by the mean and deviation of the training part.
+"""
+
+import dataclasses
+import warnings
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold
+
+from mammodino_jax.errors import UserError
+from mammodino_jax.evaluate.metrics import Scored
+
+NEIGHBOURS = 20  # DINO's k-NN: k = 20, temperature 0.07 (Caron et al. 2021); nothing is tuned
+TEMPERATURE = 0.07
+STRENGTHS = tuple(float(c) for c in np.logspace(-5, 2, 8))  # C = 1 / L2 of the linear probe
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """Items (i64 places) that a probe is trained on, that choose its L2, and that test it."""
+
+    train: np.ndarray
+    val: np.ndarray
+    test: np.ndarray
+
+
+def check_patients(patient, split) -> None:
+    """Raise a UserError if a patient occurs in more than one split."""
+    splits_of: dict = {}
+    for p, s in zip(patient, split, strict=True):
+        splits_of.setdefault(p, set()).add(s)
+    shared = sum(len(s) > 1 for s in splits_of.values())
+    if shared:
+        raise UserError(
+            f"{shared} of {len(splits_of)} patients are in more than one split; build the data again with "
+            "splits grouped by patient"
+        )
+
+
+def official_fold(split, task: str) -> list[Fold]:
+    """The one fold that the splits of the index define. Raises UserError where one of them is empty."""
+    places = {name: np.flatnonzero(np.equal(split, name)) for name in ("train", "val", "test")}
+    for name, found in places.items():
+        if not len(found):
+            raise UserError(
+                f'task "{task}" has no labelled item in split {name}; use --folds 5 to cross-validate'
+            )
+    return [Fold(**places)]
+
+
+def cross_folds(label, patient, count: int, seed: int, task: str) -> list[Fold]:
+    """Patient-grouped, label-stratified parts: each tests once, and validates for the fold before it."""
+    patients, largest = len(np.unique(patient)), int(np.bincount(label).max())
+    if count < 3 or min(patients, largest) < count:
+        raise UserError(
+            f'--folds {count} does not suit task "{task}" of {patients} patients and {largest} items in its '
+            "largest class: 3 folds or more, and no more than either, can be drawn"
+        )
+    splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():  # a fold without a rare class is counted where AUCs are computed
+        warnings.filterwarnings("ignore", "The least populated class")
+        parts = [test for _, test in splitter.split(np.zeros(len(label)), label, patient)]
+    folds = []
+    for i, test in enumerate(parts):
+        val = parts[(i + 1) % count]
+        folds.append(Fold(np.setdiff1d(np.arange(len(label)), np.concatenate([test, val])), val, test))
+    return folds
+
+
+def standardise(x_nD: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """Features with mean 0 and deviation 1 over `train`; features that are constant there become 0."""
+    x = x_nD.astype(np.float64)
+    mean, deviation = x[train].mean(axis=0), x[train].std(axis=0)
+    constant = deviation <= 1e-6 * np.abs(x[train]).max(axis=0)  # below that it is rounding, not signal
+    return np.where(constant, 0, (x - mean) / np.where(constant, 1, deviation))
+
+
+def majority(x_nD, label_n, fold: Fold, classes: int):
+    """The most frequent class of the training part for everyone: AUC 0.5 by construction."""
+    score = np.zeros((len(fold.test), classes))
+    return score, np.full(len(fold.test), np.bincount(label_n[fold.train]).argmax()), {}
+
+
+def knn(x_nD, label_n, fold: Fold, classes: int):
+    """k nearest neighbours by cosine; a neighbour's vote weighs exp(cosine / T).
+
+    Returns:
+      score [test, C] (shares of the vote), predicted class [test] (votes over class frequency), settings.
+    """
+    x = standardise(x_nD, fold.train)
+    x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    y = label_n[fold.train]
+    k = min(NEIGHBOURS, len(y))
+    cosine = x[fold.test] @ x[fold.train].T
+    nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
+    vote = np.exp((np.take_along_axis(cosine, nearest, axis=1) - 1) / TEMPERATURE)
+    score = np.stack([(vote * (y[nearest] == c)).sum(axis=1) for c in range(classes)], axis=1)
+    score /= score.sum(axis=1, keepdims=True)
+    frequency = np.bincount(y, minlength=classes)
+    predicted = (score / np.maximum(frequency, 1)).argmax(axis=1)
+    score[:, frequency == 0] = np.nan
+    return score, predicted, {"k": k}
+
+
+def linear(x_nD, label_n, fold: Fold, classes: int):
+    """Logistic regression, classes weighted equally; L2 by the balanced log-loss on the validation part.
+
+    Returns:
+      score [test, C] (probabilities), predicted class [test], settings.
+    """
+    y, y_val = label_n[fold.train], label_n[fold.val]
+    present = np.unique(y)
+    score = np.full((len(fold.test), classes), np.nan)
+    if len(present) == 1:
+        return score, np.full(len(fold.test), present[0]), {"C": None}
+    x = standardise(x_nD, fold.train)
+    known = np.isin(y_val, present)
+    best = (np.inf, None, None)
+    for strength in STRENGTHS:  # ascending: a tie keeps the stronger L2
+        model = LogisticRegression(C=strength, class_weight="balanced", max_iter=2000)
+        model.fit(x[fold.train], y)
+        loss = _balanced_log_loss(model, x[fold.val[known]], y_val[known])
+        if best[1] is None or loss < best[0]:
+            best = (loss, strength, model)
+    score[:, present] = best[2].predict_proba(x[fold.test])
+    return score, present[score[:, present].argmax(axis=1)], {"C": best[1]}
+
+
+def _balanced_log_loss(model, x_nD, label_n) -> float:
+    """Cross-entropy, averaged within classes first; infinite for no items."""
+    if not len(label_n):
+        return np.inf
+    log_nC = np.log(np.maximum(model.predict_proba(x_nD), 1e-12))
+    loss = [-log_nC[label_n == c, i].mean() for i, c in enumerate(model.classes_) if (label_n == c).any()]
+    return float(np.mean(loss))
+
+
+PROBES = {"kNN": knn, "linear": linear}
+
+
+def run(probe, x_nD, label_n, patient_n, folds: list[Fold], classes: int) -> tuple[list[Scored], list[dict]]:
+    """Train and test a probe on every fold; the settings it chose come second."""
+    tested, settings = [], []
+    for fold in folds:
+        score, predicted, chosen = probe(x_nD, label_n, fold, classes)
+        tested.append(Scored(patient_n[fold.test], label_n[fold.test], score, predicted))
+        settings.append(chosen)
+    return tested, settings

@@ -1,0 +1,213 @@
+"""The training loop on a tiny synthetic data set: it learns, resumes, survives bad steps and bad input."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from make_dataset import breast, row, volume, write_dataset
+from ml_collections import ConfigDict
+
+from configs import nano
+from mammodino_jax import checkpoint, metrics
+from mammodino_jax.data.pipeline import make_batches
+from mammodino_jax.encoder import load_encoder
+from mammodino_jax.errors import UserError
+from mammodino_jax.recipe import from_config
+from mammodino_jax.train import init_state, train, train_step
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """40 single images and 10 volumes of 12 slices, synthetic."""
+    images = [breast(100, 70, seed) for seed in range(40)]
+    items = [(image, row(image, f"i{n}")) for n, image in enumerate(images)]
+    for v in range(10):
+        items += volume(f"v{v}", 12, 100, 70)
+    return write_dataset(tmp_path_factory.mktemp("tiny") / "data", items, terms={"test": "synthetic"})
+
+
+def tiny(dataset, **changes) -> ConfigDict:
+    """The nano recipe, smaller still: compiles in seconds."""
+    c = nano.get_config(str(dataset))
+    c.batch_size, c.dbt_rows, c.steps = 8, 4, 8
+    c.crops.update(global_size=42, local_size=28, local_number=2)
+    c.model.update(dim=32, depth=2, heads=2)
+    c.head.update(prototypes=64, bottleneck=16, hidden=32)
+    c.optim.update(warmup_steps=2, freeze_last_layer_steps=1, warmup_teacher_temp_steps=4)
+    c.run.update(checkpoint_every=4)
+    c.update(changes)
+    return c
+
+
+def rows(workdir) -> list[dict]:
+    """Metrics without what varies by run."""
+    return [
+        {k: v for k, v in r.items() if not k.startswith("time/")}
+        for r in metrics.read(workdir / "metrics.jsonl")
+    ]
+
+
+def test_run_writes_metrics_pictures_and_a_loadable_encoder(dataset, tmp_path):
+    state = train(tiny(dataset), tmp_path)
+    got = rows(tmp_path)
+    assert [r["step"] for r in got] == list(range(8))
+    for r in got:
+        assert all(np.isfinite(list(r.values()))) and r["bad"] == 0
+        assert {"dino_global", "dino_local", "ibot", "koleo", "adjacent", "data/global_coverage"} <= r.keys()
+    assert {p.name for p in (tmp_path / "samples").iterdir()} == {"crops.png", "pairs.png"}
+    encoder = load_encoder(str(tmp_path))
+    assert encoder.provenance["terms"] == {"test": "synthetic"} and len(encoder.provenance["patients"]) == 50
+    for a, b in zip(
+        jax.tree.leaves(encoder.params), jax.tree.leaves(state["teacher"]["backbone"]), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert encoder(np.zeros((2, 42, 42), np.uint8))["cls"].shape == (2, 32)
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_to_the_same_metrics_and_parameters(dataset, tmp_path):
+    """SIGKILL between checkpoints; the same command ends as an uninterrupted run does."""
+    config = tmp_path / "recipe.py"
+    config.write_text(
+        "import json\nfrom ml_collections import ConfigDict\n"
+        f"VALUES = json.loads('''{json.dumps(tiny(dataset, steps=40).to_dict())}''')\n\n"
+        "def get_config():\n    return ConfigDict(VALUES)\n"
+    )
+    command = [sys.executable, "main.py", f"--config={config}", "--config.run.checkpoint_every=10"]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+
+    def start(name):
+        return subprocess.Popen(
+            [*command, f"--workdir={tmp_path / name}"], cwd=REPO, env=env, stderr=subprocess.PIPE
+        )
+
+    straight = start("straight")
+    killed = start("killed")
+    deadline = time.time() + 300
+    while len(metrics.read(tmp_path / "killed" / "metrics.jsonl")) < 14:
+        assert time.time() < deadline and killed.poll() is None, killed.stderr.read().decode()[-2000:]
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert straight.communicate(timeout=300)[1] is not None and straight.returncode == 0
+    assert 10 <= checkpoint.steps(tmp_path / "killed" / "checkpoints")[-1] < 40
+    resumed = start("killed")
+    err = resumed.communicate(timeout=300)[1]
+    assert resumed.returncode == 0, err.decode()[-2000:]
+    a, b = rows(tmp_path / "straight"), rows(tmp_path / "killed")
+    assert len(a) == 40
+    assert a == b
+    params = [jax.tree.leaves(load_encoder(str(tmp_path / n)).params) for n in ("straight", "killed")]
+    for x, y in zip(*params, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def batch_of(recipe, start_step=0):
+    return next(
+        make_batches(
+            recipe.data, recipe.crops, recipe.mask, recipe.pairs, batch_size=recipe.batch_size,
+            dbt_rows=recipe.dbt_rows, steps=recipe.steps, seed=recipe.seed, start_step=start_step,
+        )
+    )  # fmt: skip
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_step(dataset):
+    recipe = from_config(tiny(dataset))
+    state = init_state(recipe)
+    bad = {**state, "teacher": jax.tree.map(lambda a: a * jnp.nan, state["teacher"])}
+    step = jax.jit(functools.partial(train_step, recipe=recipe))
+    new, logged = step(bad, batch_of(recipe))
+    assert logged["bad"] == 1 and new["step"] == 1
+    for name in ("student", "opt", "center"):
+        for a, b in zip(jax.tree.leaves(new[name]), jax.tree.leaves(state[name]), strict=True):
+            np.testing.assert_array_equal(a, b)
+    good, logged = step(state, batch_of(recipe))
+    assert logged["bad"] == 0
+    moved = [
+        float(jnp.abs(a - b).max())
+        for a, b in zip(*map(jax.tree.leaves, (good["center"], state["center"])), strict=True)
+    ]
+    assert min(moved) > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dbt_rows": 0},
+        {"pairs": {"mode": "reuse"}},
+        {"loss": {"centering": "sinkhorn"}, "head": {"separate_ibot": True}},
+        {
+            "model": {"drop_path": 0.5, "remat": True, "registers": 2, "channels": 1},
+            "loss": {"drop_path_group": 4},
+        },
+    ],
+    ids=["no-dbt", "reuse", "sinkhorn-separate", "drop-path-remat-registers-grey"],
+)
+@pytest.mark.slow
+def test_variants_step(dataset, changes):
+    recipe = from_config(tiny(dataset, **changes))
+    step = jax.jit(functools.partial(train_step, recipe=recipe), donate_argnums=0)
+    state = init_state(recipe)
+    for i in range(3):
+        state, logged = step(state, batch_of(recipe, i))
+        assert logged["bad"] == 0
+    assert ("adjacent" in logged) == (recipe.dbt_rows > 0)
+
+
+def test_three_bad_steps_stop_the_run_before_a_checkpoint(dataset, tmp_path):
+    c = tiny(dataset)
+    c.augment.std = (0.0, 0.0, 0.0)  # divides by zero
+    with pytest.raises(FloatingPointError, match="steps 0 to 2"):
+        train(c, tmp_path)
+    assert checkpoint.steps(tmp_path / "checkpoints") == []
+
+
+def test_workdir_of_another_config_is_refused(dataset, tmp_path):
+    train(tiny(dataset, steps=1), tmp_path)
+    with pytest.raises(
+        UserError, match=r"belongs to another config: optim.base_lr is 0.006 there and 0.1 here"
+    ):
+        c = tiny(dataset, steps=1)
+        c.optim.base_lr = 0.1
+        train(c, tmp_path)
+    c = tiny(dataset, steps=1)
+    c.run.log_every = 2  # how a run is watched may change
+    train(c, tmp_path)
+
+
+def test_bad_configs_are_named_before_anything_is_written(dataset, tmp_path):
+    cases = {
+        r"config.loss has no field 'kolo_weight'. Did you mean \"koleo_weight\"": {
+            "loss": {"kolo_weight": 1.0}
+        },
+        r"centering is 'sinkhorm', expected centering or sinkhorn. Did you mean \"sinkhorn\"": {
+            "loss": {"centering": "sinkhorm"}
+        },
+        "10 volumes.* 40|40.*10": {"batch_size": 80, "dbt_rows": 40},
+        "does not exist": {"data": {"sources": (("none", "train", ("2d",), 1.0),)}},
+    }
+    for message, changes in cases.items():
+        c = tiny(dataset)
+        c.unlock()
+        c.update(changes)
+        with pytest.raises(UserError, match=message):
+            train(c, tmp_path / "w")
+        assert not (tmp_path / "w" / "config.json").exists(), message
+
+
+def test_main_names_a_mistyped_field(tmp_path):
+    command = [sys.executable, "main.py", "--config=configs/nano.py:x", f"--workdir={tmp_path}/w"]
+    done = subprocess.run([*command, "--config.optim.base_lrr=1"], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 2 and 'Did you mean "base_lr"' in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "w").exists()
