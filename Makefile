@@ -40,7 +40,7 @@ test: $(VENV)/dev.stamp
 	$(PY) -m pytest
 
 test-fast: $(VENV)/dev.stamp
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m 'not slow and not accept'
 
 accept-spine: $(VENV)/dev.stamp
 	$(PY) -m pytest -s -m accept tests/acceptance/test_spine.py

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import jax
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
@@ -65,6 +66,9 @@ def load(workdir: Path, part: str = "state", names: dict | None = None):
         raise UserError(
             f"no finished checkpoint under {folder}; train first: python main.py --config=... --workdir=..."
         )
+    if names is not None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # whatever layout it was trained in
+        names = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), names)
     context = ocp.Context()
     context.pytree.loading.partial_load = names is not None
     with context:
