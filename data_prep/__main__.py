@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+from dataclasses import fields
 from pathlib import Path
 
 from mammodino_jax.errors import UserError, run_command
@@ -11,8 +12,15 @@ from mammodino_jax.errors import UserError, run_command
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    _add_phantom(commands.add_parser("phantom", help="write DICOM phantoms with known truth (synthetic)"))
-    _add_build(commands.add_parser("build", help="mammogram files to shards and an index"))
+    phantom = commands.add_parser("phantom", help="write DICOM phantoms with known truth (synthetic)")
+    phantom.add_argument("--patients", type=_positive, default=8)
+    phantom.add_argument("--seed", type=int, default=0)
+    phantom.set_defaults(run=_phantom)
+    build = commands.add_parser("build", help="mammogram files to shards and an index")
+    _add_build(build)
+    for command in (phantom, build):
+        command.add_argument("--output", required=True, type=Path, metavar="DIR")
+        command.add_argument("--workers", type=_positive, default=os.cpu_count() or 1)
     inspect = commands.add_parser("inspect", help="one line a file: how it is read, or why it is rejected")
     inspect.add_argument("files", nargs="+", type=Path, metavar="FILE")
     inspect.set_defaults(run=_inspect)
@@ -21,37 +29,25 @@ def main(arguments: list[str] | None = None) -> int:
     return parsed.run(parsed)
 
 
-def _add_phantom(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--patients", type=_positive, default=8)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=_positive, default=os.cpu_count() or 1)
-    parser.set_defaults(run=_phantom)
-
-
 def _add_build(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--source", default="folder", help="which data set's layout the input has (default: folder)"
-    )
-    parser.add_argument("--input", required=True, nargs="+", type=Path, metavar="PATH")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
-    parser.add_argument(
-        "--dataset", default="", help="name in the index and in the ids (default: the source's)"
-    )
-    parser.add_argument("--kind", choices=("2d", "synthetic2d", "dbt", "film"), default="2d",
-                        help="what files without a DICOM header are")  # fmt: skip
-    parser.add_argument("--box", choices=("tissue", "full"), default="tissue")
+    """Flags are named as the fields of `BuildOptions` and `Settings` are."""
+    add = parser.add_argument
+    add("--source", default="folder", help="which data set's layout the input has (default: folder)")
+    add("--input", required=True, nargs="+", type=Path, metavar="PATH", dest="inputs")
+    add("--dataset", default="", help="name in the index and in the ids (default: the source's)")
+    kinds = ("2d", "synthetic2d", "dbt", "film")
+    add("--kind", choices=kinds, default="2d", help="what files without a DICOM header are")
+    add("--box", choices=("tissue", "full"), default="tissue")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--long-side", type=_positive, default=1024, metavar="PX", help="of a record, at most")
     size.add_argument("--mm-per-px", type=float, metavar="MM", help="one scale for all records instead")
-    parser.add_argument("--mask", choices=("robust", "percentile", "none"), default="robust")
-    parser.add_argument("--window", choices=("percentile", "tag"), default="percentile")
-    parser.add_argument("--clahe", type=float, default=2.0, metavar="LIMIT", help="clip limit; 0: none")
-    parser.add_argument("--workers", type=_positive, default=os.cpu_count() or 1)
-    parser.add_argument("--key", metavar="FILE", help="key of the ids (default: ~/.config/mammodino/key)")
-    parser.add_argument("--seed", type=int, default=0, help="of splits and shard order")
-    parser.add_argument("--split", type=_shares, default=(0.7, 0.1, 0.2), metavar="TRAIN,VAL,TEST")
-    parser.add_argument("--dry-run", action="store_true", help="scan headers and plan, write nothing")
+    add("--mask", choices=("robust", "percentile", "none"), default="robust")
+    add("--window", choices=("percentile", "tag"), default="percentile")
+    add("--clahe", type=float, default=2.0, metavar="LIMIT", help="clip limit; 0: none")
+    add("--key", metavar="FILE", help="key of the ids (default: ~/.config/mammodino/key)")
+    add("--seed", type=int, default=0, help="of splits and shard order")
+    add("--split", type=_shares, default=(0.7, 0.1, 0.2), metavar="TRAIN,VAL,TEST")
+    add("--dry-run", action="store_true", help="scan headers and plan, write nothing")
     parser.set_defaults(run=_build)
 
 
@@ -65,19 +61,13 @@ def _phantom(args: argparse.Namespace) -> int:
 def _build(args: argparse.Namespace) -> int:
     from data_prep.build import BuildOptions, Settings, build
 
-    for name in ("mm_per_px", "clahe"):
-        value = getattr(args, name)
-        if value is not None and not (value > 0 or (name == "clahe" and value == 0)):
-            raise UserError(f"--{name.replace('_', '-')} {value:g}: expected a positive number")
-    settings = Settings(
-        args.kind, args.box, args.long_side, args.mm_per_px, args.mask, args.window, args.clahe
-    )
-    options = BuildOptions(
-        inputs=tuple(args.input), output=args.output, source=args.source, dataset=args.dataset,
-        workers=args.workers, seed=args.seed, split=args.split, key=args.key, dry_run=args.dry_run,
-        settings=settings,
-    )  # fmt: skip
-    counts = build(options)
+    for name, value in (("--mm-per-px", args.mm_per_px), ("--clahe", args.clahe or None)):
+        if value is not None and not value > 0:
+            raise UserError(f"{name} {value:g}: expected a positive number")
+    given = vars(args)
+    settings = Settings(**{f.name: given[f.name] for f in fields(Settings)})
+    options = {f.name: given[f.name] for f in fields(BuildOptions) if f.name in given}
+    counts = build(BuildOptions(settings=settings, **options))
     done = "would build up to" if args.dry_run else "already built:" if "already_built" in counts else "built"
     print(
         f"{done} {counts['records']} records from {counts['inputs']} files ({counts['rejects']} rejected): "

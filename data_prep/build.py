@@ -4,28 +4,31 @@ The output folder gets its first file when every shard is finished, and prep.jso
 prep.json is complete, one without is built again. Everything that knows a path lies in DIR.local/ beside it.
 """
 
-import functools
 import importlib
 import json
 import logging
 import multiprocessing
 import pkgutil
+import platform
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from itertools import repeat
 from pathlib import Path
 
+import cv2
 from tqdm import tqdm
 
-from data_prep import merge, sources
+from data_prep import merge, plan, sources
 from data_prep.header import Header, Reject
-from data_prep.identity import hash_id, key_path, load_key
-from data_prep.plan import Planned, Row, assign_splits, count_by, drop_repeats, identify, make_shards
+from data_prep.identity import hash_id, load_key
+from data_prep.plan import Listing, Row, count_by, reject_line
 from data_prep.read import scan
-from data_prep.shards import Item, Prepared, Settings, prepare, write_shard
+from data_prep.shards import Prepared, Settings, prepare, write_shard
 from mammodino_jax.data import records
 from mammodino_jax.errors import UserError, suggest
 
@@ -64,17 +67,18 @@ def build(options: BuildOptions) -> dict:
     local = options.output.with_name(options.output.name + ".local")
     listing = _source(options.source).list_files([Path(p) for p in options.inputs])
     dataset = options.dataset or options.source
-    key = load_key(key_path(options.key), options.output)
+    key = load_key(options.key, options.output)
     prep = _describe(options, dataset, listing, key)
     if _already_built(options.output, prep):
         return prep["counts"] | {"already_built": True}
 
     with _pool(options.workers) as run:
         headers, rejects = _scan_headers(listing.rows, options.settings.kind, run)
-        planned, repeats = drop_repeats([identify(n, listing.rows[n], h) for n, h in headers.items()])
-        rejects += [_reject(p.number, p.row, code, detail) for p, code, detail in repeats]
-        assign_splits(planned, options.split, options.seed)
-        shards = make_shards(planned, options.seed)
+        files = [plan.identify(number, listing.rows[number], header) for number, header in headers.items()]
+        planned, repeats = plan.drop_repeats(files)
+        rejects += repeats
+        plan.assign_splits(planned, options.split, options.seed)
+        shards = plan.make_shards(planned, options.seed)
         if options.dry_run:
             log.info("%d files: %s", len(planned), count_by(p.header.kind for p in planned))
             log.info("shards: %s", ", ".join(f"{len(chunks)} {split}" for split, chunks in shards.items()))
@@ -84,10 +88,13 @@ def build(options: BuildOptions) -> dict:
         parts = local / "parts"
         shutil.rmtree(parts, ignore_errors=True)
         parts.mkdir(parents=True)
-        tasks = [(s, parts / f"{s}-{i:05d}", chunk) for s in shards for i, chunk in enumerate(shards[s])]
-        _write_shards(tasks, options.settings, dataset, key, len(planned), run)
+        chunks = {parts / f"{s}-{i:05d}": chunk for s in shards for i, chunk in enumerate(shards[s])}
+        recipe = repeat(options.settings), repeat(dataset), repeat(key)
+        with tqdm(total=len(planned), desc="images", unit="file", mininterval=1) as bar:
+            for files in run(write_shard, chunks, chunks.values(), *recipe):
+                bar.update(files)
 
-    results = {(split, part): json.loads(Path(f"{part}.json").read_text()) for split, part, _ in tasks}
+    results = {part: json.loads(Path(f"{part}.json").read_text()) for part in chunks}
     rejects += [reject for result in results.values() for reject in result["rejects"]]
     rejects.sort(key=lambda reject: reject["number"])
     merge.write_lines(local / "rejects.jsonl", rejects)
@@ -117,18 +124,19 @@ def _source(name: str):
     return importlib.import_module(f"data_prep.sources.{name}")
 
 
-def _describe(options: BuildOptions, dataset: str, listing, key: bytes) -> dict:
+def _describe(options: BuildOptions, dataset: str, listing: Listing, key: bytes) -> dict:
     """prep.json without its counts; equal content means that a build would give the same bytes."""
-    names = "\n".join(
-        f"{row.name}\t{row.path.stat().st_size}\t{row.labels}\t{row.split}" for row in listing.rows
-    )
+    # Sizes in place of paths: the input folder may move.
+    listed = [vars(row) | {"path": row.path.stat().st_size} for row in listing.rows]
+    packages = ("numpy", "pydicom", "imagecodecs", "array-record", "tensorflow-datasets")
     return {
         "schema_version": records.SCHEMA_VERSION,
         "settings": asdict(options.settings)
         | {"source": options.source, "dataset": dataset, "seed": options.seed, "split": list(options.split)},
-        "inputs": hash_id(key, dataset, "inputs", names),  # tells whether files came or went
+        "inputs": hash_id(key, dataset, "inputs", repr((listed, listing.labels))),
         "terms": {dataset: listing.terms},
-        "versions": merge.versions(),
+        "versions": {"opencv": cv2.__version__, "python": platform.python_version()}
+        | {name: version(name) for name in packages},
     }
 
 
@@ -144,15 +152,15 @@ def _already_built(output: Path, prep: dict) -> bool:
             raise UserError(f"output {output} is not empty and no data set of ours; give a new folder")
         return False
     built = records.read_prep(output)
-    for what, old, new in (
-        *((name, built["settings"].get(name), value) for name, value in prep["settings"].items()),
-        ("inputs (files, sizes, labels, key)", built["inputs"], prep["inputs"]),
-    ):
-        if json.loads(json.dumps(new)) != old:
-            shown = "" if what.startswith("inputs") else f": {old} there, {new} now"
-            raise UserError(
-                f"{output} is already built with other {what}{shown}; give a new output folder or delete it"
-            )
+    old, new, changed = built["settings"], prep["settings"], ""
+    if built["inputs"] != prep["inputs"]:
+        changed = "inputs (files, sizes, tables, key)"
+    if name := next((name for name in new if old.get(name) != new[name]), None):
+        changed = f"{name}: {old.get(name)} there, {new[name]} now"
+    if changed:
+        raise UserError(
+            f"{output} is already built with other {changed}; give a new output folder or delete it"
+        )
     prep["counts"] = built["counts"]
     return True
 
@@ -161,109 +169,42 @@ def _counts(rows: list[Row], rejects: list[dict], splits: dict[str, int]) -> dic
     return {"inputs": len(rows), "records": sum(splits.values()), "rejects": len(rejects), **splits}
 
 
-def _reject(number: int, row: Row, code: str, detail: str) -> dict:
-    return {"number": number, "path": str(row.path), "code": code, "detail": detail}
-
-
 def _scan_headers(rows: list[Row], kind: str, run: Callable) -> tuple[dict[int, Header], list[dict]]:
     """Headers of the usable files by number, and the rejects."""
-    headers, rejects = {}, []
-    chunks = [
-        [(n, rows[n].path) for n in range(i, min(i + _SCAN_CHUNK, len(rows)))]
-        for i in range(0, len(rows), _SCAN_CHUNK)
-    ]
+    found: list[Header | Reject] = []
+    chunks = [[row.path for row in rows[i : i + _SCAN_CHUNK]] for i in range(0, len(rows), _SCAN_CHUNK)]
     with tqdm(total=len(rows), desc="headers", unit="file", mininterval=1) as bar:
-        for found in run(_scan_chunk, [(chunk, kind) for chunk in chunks], bar, False):
-            for number, header, code, detail in found:
-                if header is None:
-                    rejects.append(_reject(number, rows[number], code, detail))
-                else:
-                    headers[number] = header
-    return dict(sorted(headers.items())), rejects
+        for part in run(_scan_chunk, chunks, repeat(kind)):
+            found += part
+            bar.update(len(part))
+    headers = {number: header for number, header in enumerate(found) if isinstance(header, Header)}
+    return headers, [reject_line(n, rows[n], found[n]) for n in range(len(rows)) if n not in headers]
 
 
-def _scan_chunk(chunk: list[tuple[int, Path]], kind: str) -> list[tuple]:
+def _scan_chunk(paths: list[Path], kind: str) -> list[Header | Reject]:
     found = []
-    for number, path in chunk:
+    for path in paths:
         try:
-            found.append(
-                (number, replace(scan(path, kind), voi={}), "", "")
-            )  # look-up tables stay in the worker
+            found.append(replace(scan(path, kind), voi={}))  # look-up tables stay in the worker
         except Reject as reject:
-            found.append((number, None, reject.code, reject.detail))
+            found.append(Reject(*reject.args))  # without its traceback, which would keep the file's header
     return found
-
-
-def _write_shards(
-    tasks: list[tuple], settings: Settings, dataset: str, key: bytes, files: int, run: Callable
-) -> None:
-    calls = [
-        (part, [_item(p, dataset, key) for p in chunk], settings, dataset, key) for _, part, chunk in tasks
-    ]
-    with tqdm(total=files, desc="images", unit="file", mininterval=1) as bar:
-        for _ in run(write_shard, calls, bar, True):
-            pass
-
-
-def _item(p: Planned, dataset: str, key: bytes) -> Item:
-    return Item(
-        number=p.number, path=str(p.row.path), original=p.image,
-        patient_id=hash_id(key, dataset, "patient", p.patient),
-        study_id=hash_id(key, dataset, "study", p.study),
-        laterality=p.row.laterality, view=p.row.view,
-    )  # fmt: skip
-
-
-_counter = None  # in a worker: files finished so far, shared with the parent's progress bar
-
-
-def _start_worker(counter) -> None:
-    global _counter
-    _counter = counter
-
-
-def _call(function: Callable, arguments: tuple, counts: bool):
-    return function(*arguments, counter=_counter) if counts else function(*arguments)
 
 
 @contextmanager
 def _pool(workers: int) -> Iterator[Callable]:
-    """Yield run(function, calls, bar, counts): an iterator of results, in no fixed order.
+    """Yield `map`, over processes if there are several workers: results in order, whoever is done first.
 
-    One worker runs in this process. A worker that dies (out of memory, killed) ends the build with an error.
+    A worker that dies (out of memory, killed) ends the build with an error.
     """
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
     if workers <= 1:
-        _start_worker(counter)
-        yield functools.partial(_run_here, counter)
+        yield map
         return
-    with ProcessPoolExecutor(workers, context, _start_worker, (counter,)) as executor:
-        try:
-            yield functools.partial(_run_pool, executor, counter)
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a worker process died (out of memory?); nothing was built, try fewer --workers"
-            ) from error
-        finally:
-            executor.shutdown(wait=False, cancel_futures=True)
-
-
-def _run_here(counter, function: Callable, calls: list[tuple], bar: tqdm, counts: bool) -> Iterator:
-    for arguments in calls:
-        result = _call(function, arguments, counts)
-        bar.update(counter.value - bar.n if counts else len(result))
-        yield result
-
-
-def _run_pool(executor, counter, function: Callable, calls: list[tuple], bar: tqdm, counts: bool) -> Iterator:
-    pending = {executor.submit(_call, function, arguments, counts) for arguments in calls}
-    while pending:
-        done, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
-        for future in done:
-            result = future.result()
-            if not counts:
-                bar.update(len(result))
-            yield result
-        if counts:
-            bar.update(counter.value - bar.n)
+    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    try:
+        yield executor.map
+    except BrokenProcessPool as error:
+        message = "a worker process died (out of memory?); nothing was built, try fewer --workers"
+        raise UserError(message) from error
+    finally:
+        executor.shutdown(cancel_futures=True)

@@ -13,19 +13,17 @@ from pathlib import Path
 from mammodino_jax.errors import UserError
 
 
-def key_path(given: str | None = None) -> Path:
-    """Where the key lies: --key, else MAMMODINO_KEY_FILE, else ~/.config/mammodino/key."""
-    return Path(
-        given or os.environ.get("MAMMODINO_KEY_FILE") or Path.home() / ".config/mammodino/key"
-    ).expanduser()
-
-
-def load_key(path: Path, output: Path) -> bytes:
+def load_key(given: str | None, output: Path) -> bytes:
     """Read the key; make it (mode 600) where there is none.
+
+    Args:
+      given: the file of --key; else MAMMODINO_KEY_FILE, else ~/.config/mammodino/key.
+      output: the folder that will be shared.
 
     Raises:
       UserError: the key would lie inside `output`, is too short, or cannot be written.
     """
+    path = Path(given or os.environ.get("MAMMODINO_KEY_FILE") or "~/.config/mammodino/key").expanduser()
     if output.resolve() in path.resolve().parents:
         raise UserError(
             f"key file {path} lies in the output folder, which is shared with others; choose another place"

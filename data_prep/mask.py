@@ -20,22 +20,19 @@ _KERNEL = np.ones((9, 9), np.uint8)
 
 @dataclass(frozen=True)
 class Tissue:
-    """`mask`: bool [h, w]. `suspect`: the mask should be looked at. `chest_wall`: left | right | None
-    (unclear)."""
+    """What `find_tissue` found on a thumbnail."""
 
-    mask: np.ndarray
-    suspect: bool
-    chest_wall: str | None
+    mask: np.ndarray  # bool [h, w]
+    suspect: bool  # the mask should be looked at
+    chest_wall: str | None  # left | right | None: unclear
 
 
 def thumbnail(image: np.ndarray) -> np.ndarray:
     """Area-average an image to at most 1024 pixels long side; smaller ones are returned as they are."""
     height, width = image.shape
     scale = THUMBNAIL / max(height, width)
-    if scale >= 1:
-        return image
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return image if scale >= 1 else cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
 def find_tissue(thumb: np.ndarray, padding: np.ndarray | None = None, recipe: str = "robust") -> Tissue:
@@ -52,11 +49,8 @@ def find_tissue(thumb: np.ndarray, padding: np.ndarray | None = None, recipe: st
     known = np.ones(thumb.shape, bool) if padding is None else ~padding
     if recipe == "none":
         return Tissue(np.ones(thumb.shape, bool), False, _chest_wall(known & (thumb > thumb.min())))
-    if recipe == "percentile":
-        above = thumb > np.percentile(thumb, PAPER_PERCENTILE)
-    else:
-        above = thumb > _threshold(thumb, known)
-    mask = _body(_smooth(above & known), cut_necks=recipe == "robust")
+    level = _threshold(thumb, known) if recipe == "robust" else np.percentile(thumb, PAPER_PERCENTILE)
+    mask = _body((thumb > level) & known, cut_necks=recipe == "robust")
     return Tissue(mask, _suspect(mask, thumb, known), _chest_wall(mask))
 
 
@@ -74,11 +68,8 @@ def _threshold(thumb: np.ndarray, known: np.ndarray) -> float:
     near, beyond = counts[max(0, peak - 4) : peak + 5].sum(), counts[peak + 9 : peak + 27].sum()
     background, sigma = 0.0, 0.0  # in bins
     if near > 0.05 * thumb.size and near > 2 * beyond:
-        background = peak + 0.5
-        below = counts[: peak + 1]
-        sigma = float(
-            np.sqrt((below * (background - 0.5 - np.arange(peak + 1)) ** 2).sum() / max(1, below.sum()))
-        )
+        background, below = peak + 0.5, counts[: peak + 1]
+        sigma = np.sqrt((below * (peak - np.arange(peak + 1)) ** 2).sum() / max(1, below.sum()))
     return floor + (background + max(6 * min(sigma, 5), MARGIN * 256)) * span / 256
 
 
@@ -95,33 +86,25 @@ def _histogram(thumb: np.ndarray, known: np.ndarray) -> tuple[float, float, np.n
 
 
 def _otsu(counts: np.ndarray) -> int:
-    """Bin of Otsu's threshold of a histogram."""
-    weights = np.cumsum(counts).astype(float)
-    sums = np.cumsum(counts * np.arange(len(counts)))
-    rest = weights[-1] - weights
-    valid = (weights > 0) & (rest > 0)
-    between = np.zeros(len(counts))
-    between[valid] = (sums[-1] * weights[valid] / weights[-1] - sums[valid]) ** 2 / (
-        weights[valid] * rest[valid]
-    )
-    return int(between.argmax())
+    """Bin of Otsu's threshold of a histogram: the cut with the greatest variance between the classes."""
+    weights, sums = np.cumsum(counts), np.cumsum(counts * np.arange(len(counts)))
+    products = np.maximum(weights * (weights[-1] - weights), 1)
+    return int(((sums[-1] * weights / max(weights[-1], 1) - sums) ** 2 / products).argmax())
 
 
-def _smooth(mask: np.ndarray) -> np.ndarray:
-    """9x9 closing, then opening (OpenCV's border does not eat the chest wall)."""
-    closed = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_CLOSE, _KERNEL)
-    return cv2.morphologyEx(closed, cv2.MORPH_OPEN, _KERNEL)
-
-
-def _body(mask: np.ndarray, cut_necks: bool) -> np.ndarray:
-    """The breast's component, filled. With `cut_necks` what hangs on it by a thin bridge is dropped first."""
-    if not cut_necks:
-        return _filled(_pick(mask))
-    core = _pick((_distance(cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT)) > NECK)[1:-1, 1:-1])
-    if not core.any():
-        return _filled(_pick(mask))
-    near = _distance(~core) <= NECK + SPUR
-    return _filled(_pick(mask & near))
+def _body(above: np.ndarray, cut_necks: bool) -> np.ndarray:
+    """Smooth by 9x9 closing, then opening (OpenCV's border does not eat the chest wall), and take the
+    breast's component, filled. With `cut_necks` what hangs on it by a thin bridge is dropped first."""
+    mask = above.astype(np.uint8)
+    for step in (cv2.MORPH_CLOSE, cv2.MORPH_OPEN):
+        mask = cv2.morphologyEx(mask, step, _KERNEL)
+    if cut_necks:
+        padded = cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT)
+        core = _pick((_distance(padded) > NECK)[1:-1, 1:-1])
+        if core.any():
+            mask = mask & (_distance(~core) <= NECK + SPUR)
+    contours = _outline(_pick(mask))
+    return cv2.drawContours(np.zeros(mask.shape, np.uint8), contours, -1, 1, cv2.FILLED) > 0
 
 
 def _distance(mask: np.ndarray) -> np.ndarray:
@@ -139,14 +122,12 @@ def _pick(mask: np.ndarray) -> np.ndarray:
     return labels == 1 + int(np.where(touches, area, area / 3).argmax())
 
 
-def _filled(mask: np.ndarray) -> np.ndarray:
-    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    return cv2.drawContours(np.zeros(mask.shape, np.uint8), contours, -1, 1, cv2.FILLED) > 0
+def _outline(mask: np.ndarray) -> tuple[np.ndarray, ...]:
+    return cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
 
 
 def _chest_wall(mask: np.ndarray) -> str | None:
-    """left | right: the side whose outer fifth of the mask's box holds clearly more tissue; None where
-    unclear."""
+    """left | right: where the outer fifth of the mask's box holds clearly more tissue; None: unclear."""
     columns = np.flatnonzero(mask.any(0))
     if columns.size == 0:
         return None
@@ -160,13 +141,10 @@ def _chest_wall(mask: np.ndarray) -> str | None:
 
 def _suspect(mask: np.ndarray, thumb: np.ndarray, known: np.ndarray) -> bool:
     """True where the mask's area or outline is unlike a breast, or a second recipe (0.2 x Otsu) disagrees."""
-    area = mask.mean()
-    if not 0.02 <= area <= 0.95:
+    if not 0.02 <= mask.mean() <= 0.95:
         return True
-    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    hull = cv2.contourArea(cv2.convexHull(np.concatenate(contours)))
-    if mask.sum() < 0.75 * hull:
+    if mask.sum() < 0.75 * cv2.contourArea(cv2.convexHull(np.concatenate(_outline(mask)))):
         return True
     floor, span, counts = _histogram(thumb, known)
-    second = _body(_smooth((thumb > floor + 0.2 * _otsu(counts) * span / 256) & known), cut_necks=False)
+    second = _body((thumb > floor + 0.2 * _otsu(counts) * span / 256) & known, cut_necks=False)
     return (mask & second).sum() < 0.75 * (mask | second).sum()

@@ -1,13 +1,9 @@
 """Finished shards -> data set: index, findings, labels, metadata, and prep.json last."""
 
 import json
-import os
-import platform
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 
-import cv2
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -22,94 +18,71 @@ _FILES = (
     "labels.json",
     "prep.json",
 )
+_CORNERS = ("y0", "x0", "y1", "x1")
 
 
 def is_ours(name: str) -> bool:
     return name.removesuffix(".tmp") in _FILES or name.startswith(f"{records.NAME}-")
 
 
-def versions() -> dict[str, str]:
-    """Of what decides the pixels."""
-    names = ("numpy", "pydicom", "imagecodecs", "array-record", "tensorflow-datasets")
-    return {"opencv": cv2.__version__, "python": platform.python_version()} | {
-        name: version(name) for name in names
-    }
-
-
-def index_rows(results: dict[tuple, dict], planned: dict[int, Planned]) -> list[dict]:
-    """Index rows of all shards in record order, with split, labels and marked duplicates."""
+def index_rows(shards: dict[Path, dict], planned: dict[int, Planned]) -> list[dict]:
+    """Index rows of all shards in record order, with labels and marked duplicates."""
     first_with, rows = {}, []
-    for (split, _), result in results.items():
-        for row in result["rows"]:
-            first = first_with.setdefault(row["pixel_hash"], row)
-            # Slices of one volume may be equal (blank ends); a volume stays whole.
-            other = first is not row and (row["volume_id"] is None or row["volume_id"] != first["volume_id"])
-            row |= {"split": split, "duplicate_of": first["image_id"] if other else None, "site": None}
-            rows.append(row | planned[row["number"]].row.labels)
+    for row in (row for shard in shards.values() for row in shard["rows"]):
+        first = first_with.setdefault(row["pixel_hash"], row)
+        # Slices of one volume may be equal (blank ends); a volume stays whole.
+        other = first is not row and (row["volume_id"] is None or row["volume_id"] != first["volume_id"])
+        duplicate_of = {"duplicate_of": first["image_id"] if other else None}
+        rows.append(row | duplicate_of | planned[row["number"]].row.labels)
     return rows
 
 
 def manifest(index: list[dict], rows: list[Row]) -> list[dict]:
     """A line a file that became records: number, path, decoder, image ids."""
     lines = {}
-    for row in index:
+    for row in sorted(index, key=lambda row: row["number"]):
         number = row["number"]
         line = {"number": number, "path": str(rows[number].path), "decoder": row["decoder"], "image_ids": []}
         lines.setdefault(number, line)["image_ids"].append(row["image_id"])
-    return [lines[number] for number in sorted(lines)]
+    return list(lines.values())
 
 
 def findings_rows(index: list[dict], planned: dict[int, Planned]) -> list[dict]:
     """Findings in source and record pixels. In a volume those of a known slice belong to its record."""
-    by_file: dict[int, list[dict]] = {}
+    by_file, out = {}, []
     for row in index:
         by_file.setdefault(row["number"], []).append(row)
-    out = []
-    for number, slices in by_file.items():
+    for number, rows in by_file.items():
         for finding in planned[number].row.findings:
-            row = slices[0]
-            known = row["volume_id"] is None
-            for candidate in slices:
-                if row["volume_id"] and finding["slice_index"] == candidate["source_frame"]:
-                    row, known = candidate, True
-            out.append(
-                finding
-                | {"image_id": row["image_id"] if known else None, "volume_id": row["volume_id"]}
-                | {"slice_index": row["slice_index"] if known else None}
-                | _record_box(finding, row)
-            )
+            own = [r for r in rows if r["volume_id"] is None or r["source_frame"] == finding["slice_index"]]
+            row = (own or rows)[0]
+            ids = {"image_id": row["image_id"] if own else None, "volume_id": row["volume_id"]}
+            slice_index = row["slice_index"] if own else None
+            out.append(finding | ids | {"slice_index": slice_index} | _record_box(finding, row))
     return out
 
 
 def _record_box(finding: dict, row: dict) -> dict:
-    """Source box -> record box: cropped, scaled, mirrored. It may reach beyond the record; null stays
-    null."""
-    box = [finding[name] for name in ("y0", "x0", "y1", "x1")]
-    if any(value is None for value in box):
-        return {f"record_{name}": None for name in ("y0", "x0", "y1", "x1")}
+    """Source box -> record box: cropped, scaled, mirrored. It may reach beyond the record. No box: {}."""
+    if any(finding[name] is None for name in _CORNERS):
+        return {}
     scale_y = row["height"] / (row["box_y1"] - row["box_y0"])
     scale_x = row["width"] / (row["box_x1"] - row["box_x0"])
-    y0, y1 = ((value - row["box_y0"]) * scale_y for value in (box[0], box[2]))
-    x0, x1 = ((value - row["box_x0"]) * scale_x for value in (box[1], box[3]))
+    y0, y1 = ((finding[name] - row["box_y0"]) * scale_y for name in ("y0", "y1"))
+    x0, x1 = ((finding[name] - row["box_x0"]) * scale_x for name in ("x0", "x1"))
     if row["flipped"]:
         x0, x1 = row["width"] - x1, row["width"] - x0
     return {"record_y0": y0, "record_x0": x0, "record_y1": y1, "record_x1": x1}
 
 
 def finish(
-    output: Path,
-    results: dict[tuple, dict],
-    index: list[dict],
-    planned: dict[int, Planned],
-    listing: Listing,
-    prep: dict,
+    output: Path, shards: dict, index: list[dict], planned: dict[int, Planned], listing: Listing, prep: dict
 ) -> None:
     """Move the shards in and write everything beside them; prep.json last, so that it means complete."""
     output.mkdir(parents=True, exist_ok=True)
     for old in output.iterdir():
         old.unlink()  # left by an interrupted merge; foreign files were refused before
-    lengths = _move_shards(output, results)
-    _write_metadata(output, lengths)
+    _write_metadata(output, _move_shards(output, shards))
     label_names = sorted({name for p in planned.values() for name in p.row.labels})
     schema = pa.schema([*records.INDEX, *(pa.field(name, pa.int8()) for name in label_names)])
     pq.write_table(pa.Table.from_pylist(index, schema), output / "index.parquet")
@@ -117,19 +90,18 @@ def finish(
     pq.write_table(findings, output / "findings.parquet")
     unknown = {"classes": None, "rule": "as given in labels.csv", "level": "image"}
     _write_json(output / "labels.json", {name: listing.labels.get(name, unknown) for name in label_names})
-    _write_json(output / "prep.json.tmp", prep)
-    os.replace(output / "prep.json.tmp", output / "prep.json")
+    _write_json(output / "prep.json", prep)
 
 
-def _move_shards(output: Path, results: dict[tuple, dict]) -> dict[str, list[int]]:
+def _move_shards(output: Path, shards: dict[Path, dict]) -> dict[str, list[int]]:
     """Give the shards their final names, leaving out empty ones; returns the records of each by split."""
     lengths = {}
     for split in records.SPLITS:
-        filled = [(part, len(r["rows"])) for (s, part), r in results.items() if s == split and r["rows"]]
-        for number, (part, _) in enumerate(filled):
+        filled = [part for part, s in shards.items() if s["rows"] and s["rows"][0]["split"] == split]
+        for number, part in enumerate(filled):
             shutil.move(f"{part}.array_record", output / records.shard_name(split, number, len(filled)))
         if filled:
-            lengths[split] = [count for _, count in filled]
+            lengths[split] = [len(shards[part]["rows"]) for part in filled]
     return lengths
 
 
@@ -143,9 +115,8 @@ def _write_metadata(output: Path, lengths: dict[str, list[int]]) -> None:
             dataset_name=records.NAME, data_dir=output, split=split, filetype_suffix="array_record"
         )
         size = sum(Path(path).stat().st_size for path in records.shard_paths(output, split))
-        splits.append(
-            tfds.core.SplitInfo(name=split, shard_lengths=counts, num_bytes=size, filename_template=template)
-        )
+        info = dict(name=split, shard_lengths=counts, num_bytes=size, filename_template=template)
+        splits.append(tfds.core.SplitInfo(**info))
     tfds.folder_dataset.write_metadata(
         data_dir=str(output), features=records.features(), split_infos=splits, version=records.SCHEMA_VERSION,
         description="Mammograms: grey images cropped to the breast, background 0.", check_data=False,
@@ -157,4 +128,6 @@ def write_lines(path: Path, lines: list[dict]) -> None:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    temporary.replace(path)

@@ -2,10 +2,11 @@
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep.header import Header
+from data_prep.header import Header, Reject
 from mammodino_jax.data.records import SPLITS
 from mammodino_jax.errors import UserError
 
@@ -42,48 +43,59 @@ class Listing:
 
 @dataclass
 class Planned:
-    """A file that passed the header scan. `number` is its place in the listing, the only name that logs
-    use."""
+    """A file that passed the header scan. `number` (its place in the listing) is the only name in logs."""
 
     number: int
     row: Row
     header: Header
-    patient: str
+    patient: str  # original ids, from the table, else the header, else the file's name
     study: str
-    image: str  # original id
+    image: str
     split: str = ""
+
+    @property
+    def laterality(self) -> str | None:
+        return self.row.laterality or self.header.laterality
+
+    @property
+    def view(self) -> str | None:
+        return self.row.view or self.header.view
+
+    @property
+    def exposure(self) -> tuple:
+        """Equal for the FOR PROCESSING and the FOR PRESENTATION form of an image."""
+        return self.patient, self.study, self.laterality, self.view
 
 
 def identify(number: int, row: Row, header: Header) -> Planned:
-    """Original ids from the table, else the header, else the file's name."""
-    stem = row.name.rsplit(".", 1)[0]
-    patient = row.patient or header.patient or header.study or stem
-    return Planned(
-        number, row, header, patient, row.study or header.study or patient, header.instance or row.name
-    )
+    patient = row.patient or header.patient or header.study or row.name.rsplit(".", 1)[0]
+    study = row.study or header.study or patient
+    return Planned(number, row, header, patient, study, header.instance or row.name)
 
 
-def drop_repeats(planned: list[Planned]) -> tuple[list[Planned], list[tuple[Planned, str, str]]]:
+def reject_line(number: int, row: Row, reject: Reject) -> dict:
+    """A line of rejects.jsonl."""
+    return {"number": number, "path": str(row.path), "code": reject.code, "detail": reject.detail}
+
+
+def drop_repeats(planned: list[Planned]) -> tuple[list[Planned], list[dict]]:
     """Settle what the header scan can settle: equal SOP instances, and FOR PROCESSING images with a sibling.
 
     Returns:
-      The files to keep, and (file, reject code, detail) for the others.
+      The files to keep, and the lines of rejects.jsonl for the others.
     """
-    shown = {_view_key(p) for p in planned if not p.header.for_processing and p.header.syntax}
-    kept, dropped, seen = [], [], {}
+    shown = {p.exposure for p in planned if not p.header.for_processing and p.header.syntax}
+    kept, rejects, seen = [], [], {}
     for p in planned:
-        if p.image in seen:
-            dropped.append((p, "duplicate", f"same SOP instance as input {seen[p.image]}"))
-        elif p.header.for_processing and _view_key(p) in shown:
-            dropped.append((p, "for_processing", "its FOR PRESENTATION image is among the inputs"))
+        if p.header.for_processing and p.exposure in shown:
+            reject = Reject("for_processing", "its FOR PRESENTATION image is among the inputs")
+        elif seen.setdefault(p.image, p.number) != p.number:
+            reject = Reject("duplicate", f"same SOP instance as input {seen[p.image]}")
         else:
-            seen[p.image] = p.number
             kept.append(p)
-    return kept, dropped
-
-
-def _view_key(p: Planned) -> tuple:
-    return p.patient, p.study, p.row.laterality or p.header.laterality, p.row.view or p.header.view
+            continue
+        rejects.append(reject_line(p.number, p.row, reject))
+    return kept, rejects
 
 
 def assign_splits(planned: list[Planned], shares: tuple[float, float, float], seed: int) -> None:
@@ -116,22 +128,16 @@ def assign_splits(planned: list[Planned], shares: tuple[float, float, float], se
 
 
 def make_shards(planned: list[Planned], seed: int) -> dict[str, list[list[Planned]]]:
-    """Cut each split into shards: patients in seeded order, each patient's files together, volumes never
-    cut."""
+    """Cut each split into shards: patients in seeded order, each patient's files together, volumes whole."""
     total = sum(len(p.header.frames) for p in planned)
     size = min(SHARD_RECORDS, max(SHARD_RECORDS_MIN, -(-total // SHARDS_MIN)))
-    order = sorted(planned, key=lambda p: (_digest(seed, "order", p.patient), p.row.name))
-    shards = {}
-    for split in SPLITS:
-        chunks, filled = [], size
-        for p in order:
-            if p.split == split:
-                if filled >= size:
-                    chunks.append([])
-                    filled = 0
-                chunks[-1].append(p)
-                filled += len(p.header.frames)
-        shards[split] = chunks
+    shards, filled = {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, size)
+    for p in sorted(planned, key=lambda p: (_digest(seed, "order", p.patient), p.row.name)):
+        if filled[p.split] >= size:
+            shards[p.split].append([])
+            filled[p.split] = 0
+        shards[p.split][-1].append(p)
+        filled[p.split] += len(p.header.frames)
     return shards
 
 
@@ -139,8 +145,6 @@ def _digest(seed: int, purpose: str, original: str) -> bytes:
     return hashlib.sha256(f"{seed}\0{purpose}\0{original}".encode()).digest()
 
 
-def count_by(values) -> str:
+def count_by(values: Iterable[str]) -> str:
     """'3 truncated, 1 not_dicom': for one line to the user."""
-    return ", ".join(
-        f"{n} {value}" for value, n in sorted(Counter(values).items(), key=lambda kv: (-kv[1], kv[0]))
-    )
+    return ", ".join(f"{n} {value}" for value, n in Counter(sorted(values)).most_common())

@@ -6,7 +6,7 @@ above BitsStored, or constant is refused and the next decoder is asked; how ofte
 yields no frames raises `Reject` with a reason code; no other exception leaves this module.
 """
 
-import io
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,31 +16,22 @@ import cv2
 import imagecodecs
 import numpy as np
 import pydicom
+from pydicom import pixels, uid
 from pydicom.encaps import generate_frames
-from pydicom.pixels import get_decoder
-from pydicom.pixels import pixel_array as pydicom_pixel_array
-from pydicom.uid import UID
 
 from data_prep.header import Header, Reject, read_header
 
-_MAGIC = {
-    b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"P5": "pgm", b"P2": "pgm",
-    b"II*\0": "tiff", b"MM\0*": "tiff",
-}  # fmt: skip
+_MAGIC = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"P5": "pgm", b"P2": "pgm",
+          b"II*\0": "tiff", b"MM\0*": "tiff"}  # fmt: skip
 _ENDINGS = {"png": b"IEND", "jpeg": b"\xff\xd9"}  # a file without its end marker was cut off
 
-_JPEG = (
-    "1.2.840.10008.1.2.4.50",
-    "1.2.840.10008.1.2.4.51",
-    "1.2.840.10008.1.2.4.57",
-    "1.2.840.10008.1.2.4.70",
+_MARKED = (*uid.JPEGTransferSyntaxes, *uid.JPEGLSTransferSyntaxes)  # streams that end with FFD9
+_CODECS = (  # of imagecodecs; jpeg8 reads all of JPEG, htj2k is tried before jpeg2k
+    (uid.JPEGTransferSyntaxes, "jpeg8"),
+    (uid.JPEGLSTransferSyntaxes, "jpegls"),
+    ((uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K), "htj2k"),
+    (uid.JPEG2000TransferSyntaxes, "jpeg2k"),
 )
-_JPEG_LS = ("1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81")
-_JPEG_2000 = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91")
-_HTJ2K = tuple(f"1.2.840.10008.1.2.4.{n}" for n in (201, 202, 203))
-_RLE = "1.2.840.10008.1.2.5"
-_DEFLATED = "1.2.840.10008.1.2.1.99"
-_BIG_ENDIAN = "1.2.840.10008.1.2.2"
 
 
 @contextmanager
@@ -69,11 +60,11 @@ def scan(path: Path, kind: str = "2d") -> Header:
       Reject: the file is no mammogram that we can use.
     """
     with _rejecting("not_dicom"):
-        image_kind = _sniff(path)
-    if image_kind == "dicom":
-        with _rejecting("truncated"):
-            return read_header(_dicom(path, pixels=False))
-    return Header(kind=kind, rows=0, columns=0)
+        is_dicom = _sniff(path) == "dicom"
+    if not is_dicom:
+        return Header(kind=kind, rows=0, columns=0)
+    with _rejecting("truncated"):
+        return read_header(pydicom.dcmread(path, force=True, stop_before_pixels=True))
 
 
 class Frames:
@@ -87,69 +78,58 @@ class Frames:
     def __init__(self, path: Path, header: Header):
         self.path, self.header = path, header
         self.decoder, self.fallbacks = "", 0
-        self._only = None
+        self._last = None, None  # (index, frame): a 2D image is asked for twice, for its mask and its record
+        self._encoded = None
         if not header.syntax:
-            self._image = path
             return
         with _rejecting("truncated"):
-            self._ds = _dicom(path, pixels=True)
-            data = self._ds.get("PixelData")
+            self._ds = pydicom.dcmread(path, force=True)
+            data, count = self._ds.get("PixelData"), len(header.frames)
             if not data:
                 raise Reject("truncated", "no pixel data")
-            count = len(header.frames)
-            if UID(header.syntax).is_encapsulated:
+            if uid.UID(header.syntax).is_encapsulated:
                 self._encoded = list(generate_frames(data, number_of_frames=count))
                 if len(self._encoded) < count:
                     raise Reject("truncated", f"{len(self._encoded)} of {count} frames")
-            else:
-                size = header.rows * header.columns * header.bits_allocated // 8
-                if len(data) < size * count:
-                    raise Reject("truncated", f"{len(data)} of {size * count} bytes of pixel data")
-                self._encoded = None
+            elif len(data) < (size := header.rows * header.columns * header.bits_allocated // 8 * count):
+                raise Reject("truncated", f"{len(data)} of {size} bytes of pixel data")
 
     def __len__(self) -> int:
         return len(self.header.frames)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        if len(self) == 1 and self._only is not None:
-            return self._only
-        frame = self._read(index)
-        if len(self) == 1:
-            self._only = frame  # asked for twice: for the mask and for the record
-        return frame
+        if self._last[0] != index:
+            with _rejecting("decode_error"):
+                self._last = index, self._read(self.header.frames[index])
+        return self._last[1]
 
-    def _read(self, index: int) -> np.ndarray:
+    def _read(self, number: int) -> np.ndarray:
         header = self.header
         if not header.syntax:
-            with _rejecting("decode_error"):
-                self.decoder = "opencv"
-                return _read_image(self._image, _sniff(self._image)).astype(np.uint16)
-        number = header.frames[index]
-        with _rejecting("decode_error"):
-            stored = self._native(number) if self._encoded is None else self._decode(number)
-        offset = 1 << (header.bits - 1)
+            self.decoder = "opencv"
+            return _read_image(self.path, _sniff(self.path)).astype(np.uint16)
+        stored = self._native(number) if self._encoded is None else self._decode(number)
+        stored = stored.astype(np.uint16, copy=False)
         if header.signed:  # two's complement of `bits` bits -> 0..2^bits-1
-            return ((stored.astype(np.uint16) & (2 * offset - 1)) ^ offset).astype(np.uint16)
-        return stored.astype(np.uint16, copy=False)
+            return (stored & (2 * header.offset - 1)) ^ header.offset
+        return stored
 
     def _native(self, number: int) -> np.ndarray:
         header, self.decoder = self.header, "native"
-        order = ">" if header.syntax == _BIG_ENDIAN else "<"
-        dtype = np.dtype(f"{order}u2" if header.bits_allocated == 16 else "u1")
-        pixels = header.rows * header.columns
-        stored = np.frombuffer(self._ds.PixelData, dtype, pixels, number * pixels * dtype.itemsize)
-        shift, mask = header.high_bit + 1 - header.bits, (1 << header.bits) - 1
+        order = ">" if header.syntax == uid.ExplicitVRBigEndian else "<"
+        dtype = np.dtype(f"{order}u{header.bits_allocated // 8}")
+        count = header.rows * header.columns
+        stored = np.frombuffer(self._ds.PixelData, dtype, count, number * count * dtype.itemsize)
         stored = stored.reshape(header.rows, header.columns).astype(np.uint16)
-        if shift or header.bits < header.bits_allocated:
-            stored = (stored >> shift) & mask  # drops overlay bits stored beside the pixels
-        return stored
+        # Drops overlay bits stored beside the pixels.
+        return (stored >> (header.high_bit + 1 - header.bits)) & ((1 << header.bits) - 1)
 
     def _decode(self, number: int) -> np.ndarray:
         """One compressed frame by the first decoder whose result stands the checks."""
         header, data = self.header, self._encoded[number]
         if header.high_bit != header.bits - 1:
             raise Reject("highbit", f"compressed with HighBit {header.high_bit} and BitsStored {header.bits}")
-        if header.syntax in _JPEG + _JPEG_LS and b"\xff\xd9" not in data[-16:]:
+        if header.syntax in _MARKED and b"\xff\xd9" not in data[-16:]:
             raise Reject("truncated", "no end-of-image marker")
         reasons, constants = [], []
         for name, decoder in _decoders(header, self._ds, number):
@@ -169,8 +149,8 @@ class Frames:
             self.decoder = "agreement"
             return constants[0]
         if not reasons:
-            raise Reject("unsupported_syntax", UID(header.syntax).name)
-        raise Reject("decode_error", f"{UID(header.syntax).name}; {'; '.join(reasons)}")
+            raise Reject("unsupported_syntax", uid.UID(header.syntax).name)
+        raise Reject("decode_error", f"{uid.UID(header.syntax).name}; {'; '.join(reasons)}")
 
 
 def _decoders(header: Header, ds: pydicom.Dataset, number: int) -> Iterator[tuple[str, Callable]]:
@@ -179,36 +159,21 @@ def _decoders(header: Header, ds: pydicom.Dataset, number: int) -> Iterator[tupl
     imagecodecs' jpegsof3 and ljpeg are left out on purpose: they ignore the point transform and return wrong
     values. pylibjpeg is left out for JPEG: it returns half an image from a truncated stream without an error.
     """
-    syntax = header.syntax
-    if syntax in _JPEG:
-        yield "jpeg8", imagecodecs.jpeg8_decode
-    elif syntax in _JPEG_LS:
-        yield "jpegls", imagecodecs.jpegls_decode
-    elif syntax in _JPEG_2000:
-        yield "jpeg2k", imagecodecs.jpeg2k_decode
-    elif syntax in _HTJ2K:
-        yield "htj2k", imagecodecs.htj2k_decode
-        yield "jpeg2k", imagecodecs.jpeg2k_decode
-    elif syntax == _RLE:
-        dtype = np.dtype("u1" if header.bits_allocated == 8 else "<u2")
-        shape = (header.rows, header.columns)
-        yield (
-            "rle",
-            lambda data: np.frombuffer(imagecodecs.dicomrle_decode(data, dtype=dtype), dtype).reshape(shape),
-        )
+    for syntaxes, name in _CODECS:
+        if header.syntax in syntaxes:
+            yield name, getattr(imagecodecs, f"{name}_decode")
+    if header.syntax == uid.RLELossless:
+        dtype, shape = np.dtype(f"<u{header.bits_allocated // 8}"), (header.rows, header.columns)
+        rle = functools.partial(imagecodecs.dicomrle_decode, dtype=dtype)
+        yield "rle", lambda data: np.frombuffer(rle(data), dtype).reshape(shape)
     try:
-        plugins = get_decoder(UID(syntax)).available_plugins
+        plugins = pixels.get_decoder(uid.UID(header.syntax)).available_plugins
     except NotImplementedError:  # a syntax that pydicom does not know
         return
     for plugin in plugins:
-        if plugin == "pylibjpeg" and syntax in _JPEG + _JPEG_LS:
-            continue
-        yield (
-            f"pydicom-{plugin}",
-            lambda data, plugin=plugin: pydicom_pixel_array(
-                ds, index=number, raw=True, decoding_plugin=plugin
-            ),
-        )
+        if plugin != "pylibjpeg" or header.syntax not in _MARKED:
+            decode = functools.partial(pixels.pixel_array, ds, index=number, raw=True, decoding_plugin=plugin)
+            yield f"pydicom-{plugin}", lambda data, decode=decode: decode()
 
 
 def _problem(stored: np.ndarray, header: Header) -> str | None:
@@ -220,9 +185,7 @@ def _problem(stored: np.ndarray, header: Header) -> str | None:
     low, high = int(stored.min()), int(stored.max())
     if low == high:
         return "constant"
-    half = 1 << (header.bits - 1)
-    allowed = (-half, 2 * half - 1) if header.signed else (0, 2 * half - 1)
-    if low < allowed[0] or high > allowed[1]:
+    if low < -header.offset or high >= 1 << header.bits:
         return f"values {low}..{high} in {header.bits} bits"
     return None
 
@@ -240,19 +203,13 @@ def _sniff(path: Path) -> str:
     raise Reject("not_dicom", "neither DICOM nor PNG, JPEG, PGM or TIFF")
 
 
-def _dicom(path: Path, pixels: bool) -> pydicom.Dataset:
-    with open(path, "rb") as file:
-        return pydicom.dcmread(
-            io.BytesIO(file.read()) if pixels else file, force=True, stop_before_pixels=not pixels
-        )
-
-
 def _read_image(path: Path, kind: str) -> np.ndarray:
     """A PNG, JPEG, PGM or TIFF as u8 or u16 [H, W]."""
     data = path.read_bytes()
-    ending = _ENDINGS.get(kind)
-    if ending and ending not in data[-4096:]:
+    if _ENDINGS.get(kind, b"") not in data[-4096:]:
         raise Reject("truncated", f"{kind} without its end marker")
+    if kind == "tiff" and (pages := cv2.imcount(str(path))) > 1:
+        raise Reject("unsupported_class", f"tiff of {pages} pages, expected one image")
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if image is None:
         raise Reject("decode_error", f"unreadable {kind}")

@@ -25,23 +25,17 @@ def display(stored: np.ndarray, header: Header) -> np.ndarray:
         ordered = (np.log(65536.0 / (stored.astype(np.float32) + 1)) * scale).astype(np.uint16)
         if not header.inverted and header.slope < 0:
             ordered = 65535 - ordered
-    elif reversed_order(header):
+    elif header.reversed:
         ordered = ((1 << header.bits) - 1) - stored
     padding = is_padding(stored, header)
     return ordered if padding is None else np.where(padding, np.uint16(0), ordered)
-
-
-def reversed_order(header: Header) -> bool:
-    """True where greater stored values are darker on the display."""
-    return header.inverted != (header.slope < 0)
 
 
 def is_padding(stored: np.ndarray, header: Header) -> np.ndarray | None:
     """bool [H, W] of the pixels that the header calls padding; None where it names none."""
     if header.padding is None:
         return None
-    offset = 1 << (header.bits - 1) if header.signed else 0
-    low, high = (value + offset for value in header.padding)
+    low, high = (value + header.offset for value in header.padding)
     return (stored >= low) & (stored <= high)
 
 
@@ -54,14 +48,13 @@ def tissue_percentiles(values: np.ndarray) -> tuple[int, int]:
 
 def percentile_table(header: Header, low: int, high: int) -> np.ndarray:
     """u8 [65536]: stored low..high to 1..255 for the display; FOR PROCESSING through the logarithm."""
-    stored = np.arange(65536)
+    table = np.arange(65536)
     if header.for_processing:
-        table = display(stored.astype(np.uint16), header).astype(np.int64)
-        ends = sorted((int(table[low]), int(table[high])))
-    else:
-        table, ends = (-stored, (-high, -low)) if reversed_order(header) else (stored, (low, high))
-    scaled = (table - ends[0]) * 254 / max(1, ends[1] - ends[0])
-    return np.clip(np.rint(scaled) + 1, 1, 255).astype(np.uint8)
+        table = display(table.astype(np.uint16), header).astype(np.int64)
+    elif header.reversed:
+        table = -table
+    start, end = sorted((int(table[low]), int(table[min(high, 65535)])))
+    return np.clip(np.rint((table - start) * 254 / max(1, end - start)) + 1, 1, 255).astype(np.uint8)
 
 
 def tag_table(header: Header) -> np.ndarray | None:
@@ -69,8 +62,7 @@ def tag_table(header: Header) -> np.ndarray | None:
     voi = header.voi
     if not voi or header.for_processing:
         return None
-    offset = 1 << (header.bits - 1) if header.signed else 0
-    x = header.slope * (np.arange(65536) - offset) + header.intercept
+    x = rescaled(header, np.arange(65536))
     if "lut" in voi:
         lut = np.asarray(voi["lut"], np.float64)
         y = lut[np.clip(x - voi["first"], 0, len(lut) - 1).astype(np.int64)] / ((1 << voi["bits"]) - 1)
@@ -84,10 +76,9 @@ def tag_table(header: Header) -> np.ndarray | None:
     return np.clip(np.rint((1 - y if header.inverted else y) * 255), 1, 255).astype(np.uint8)
 
 
-def rescaled(header: Header, stored: int) -> float:
-    """A stored value (as `Frames` gives it) in the units of the header's rescale."""
-    offset = 1 << (header.bits - 1) if header.signed else 0
-    return header.slope * (stored - offset) + header.intercept
+def rescaled(header: Header, stored: int | np.ndarray) -> float | np.ndarray:
+    """Stored values (as `Frames` gives them) in the units of the header's rescale."""
+    return header.slope * (stored - header.offset) + header.intercept
 
 
 def tag_limits(header: Header) -> tuple[float, float]:

