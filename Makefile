@@ -27,7 +27,7 @@ demo: $(VENV)/runtime.stamp
 	rm -rf $(DEMO)
 	$(PY) -m data_prep phantom --output $(DEMO)/dicom --patients $(PATIENTS) --seed 0 --workers 2
 	$(PY) -m data_prep build --source folder --input $(DEMO)/dicom --output $(DEMO)/data --long-side 384 \
-	  --split 0.6,0.1,0.3 --workers 2
+	  --split 0.6,0.1,0.3 --key $(DEMO)/key --workers 2
 	$(PY) main.py --config=configs/nano.py:$(DEMO)/data --workdir=$(DEMO)/run
 	$(PY) -m mammodino_jax.export --workdir $(DEMO)/run --format hf --output $(DEMO)/encoder
 	$(PY) -m mammodino_jax.evaluate --encoder $(DEMO)/run --data $(DEMO)/data --benchmark phantom --output $(DEMO)/results

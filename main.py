@@ -25,7 +25,8 @@ def parse(argv):
     except (UserError, flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
         if "help" in str(argv[1:]):
             raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        message = error.args[0] if isinstance(error, KeyError) else error  # a KeyError prints quoted
+        print("error:", " ".join(str(message).split()), file=sys.stderr)
         sys.exit(2)
 
 
