@@ -18,46 +18,38 @@ def parse(argv):
         rest = flags.FLAGS(argv)
         for name in ("config", "workdir"):
             if flags.FLAGS[name].value is None:
-                raise UserError(
-                    f"--{name} is required: python main.py --config=configs/nano.py --workdir=DIR"
-                )
+                raise UserError(f"--{name} is required: python main.py --config=configs/nano.py --workdir=DIR")
+        flags.FLAGS.config.keys()  # a file that failed to load is only reported on use
+        if rest[1:]:
+            raise UserError(f"unexpected argument {rest[1]!r}")
         return rest
-    except (UserError, flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
-        if "help" in str(argv[1:]):
-            raise
-        message = error.args[0] if isinstance(error, KeyError) else error  # a KeyError prints quoted
-        print("error:", " ".join(str(message).split()), file=sys.stderr)
+    except (UserError, flags.Error, AttributeError, ValueError, TypeError, OSError) as error:
+        text = str(error)
+        if isinstance(error, AttributeError):  # the config library's, quoted twice: 'NAME'\nDid you mean ...
+            text = "config has no field " + text.replace("\\'", "").replace("\\n", ". ").strip("'\"")
+        print("error:", " ".join(text.split()), file=sys.stderr)
         sys.exit(2)
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}")
+def ours_or_error(record) -> bool:
+    """Console lines are ours; libraries show errors only (a checkpoint logs dozens of lines)."""
+    ours = "mammodino_jax" in record.pathname or record.filename == "main.py"
+    return ours or record.levelno >= stdlib_logging.ERROR
+
+
+def main(_):
     import jax  # imported here: data workers re-import this module
 
     from mammodino_jax.train import train
 
-    logging.get_absl_handler().addFilter(from_us_or_serious)
+    logging.get_absl_handler().addFilter(ours_or_error)
     logging.info("jax %s", jax.__version__)
-    train(flags.FLAGS.config, flags.FLAGS.workdir)
-
-
-def from_us_or_serious(record) -> bool:
-    """Console lines are ours; libraries show errors only (a checkpoint logs dozens of lines)."""
-    return (
-        record.levelno >= stdlib_logging.ERROR
-        or "mammodino_jax" in record.pathname
-        or record.filename == "main.py"
-    )
-
-
-def run(argv):
     try:
-        main(argv)
+        train(flags.FLAGS.config, flags.FLAGS.workdir)
     except UserError as error:
         print("error:", error, file=sys.stderr)
         sys.exit(2)
 
 
 if __name__ == "__main__":
-    app.run(run, flags_parser=parse)
+    app.run(main, flags_parser=parse)
