@@ -18,7 +18,7 @@ def parse(argv):
         rest = flags.FLAGS(argv)
         for name in ("config", "workdir"):
             if flags.FLAGS[name].value is None:
-                raise UserError(f"--{name} is required: python main.py --config=configs/nano.py --workdir=DIR")
+                raise UserError(f"--{name} is required: main.py --config=configs/nano.py --workdir=DIR")
         flags.FLAGS.config.keys()  # a file that failed to load is only reported on use
         if rest[1:]:
             raise UserError(f"unexpected argument {rest[1]!r}")

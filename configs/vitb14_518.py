@@ -30,7 +30,9 @@ def get_config(arg=None):
             local_scale=(0.05, 0.32),  # DINOv2
             global_coverage=0.8,  # rho: on records cropped to the breast, lower values reject next to nothing
             local_coverage=0.8,
+            ratio=(3 / 4, 4 / 3),  # width / height; DINOv2
             hflip=0.5,
+            patch=14,
         )
     )
     c.mask = ConfigDict(
@@ -47,7 +49,8 @@ def get_config(arg=None):
             offsets=(1, 2),  # d: a structure stays in view over one to two 1-mm slices
             unit="slices",
             end_share=0.1,
-            scale=(0.8, 1.0),
+            scale=(0.8, 1.0),  # conservative: nearly the whole breast
+            coverage=0.7,  # narrow breasts have no large window of 0.8
         )
     )
     c.model = ConfigDict(
@@ -55,6 +58,8 @@ def get_config(arg=None):
             dim=768,
             depth=12,
             heads=12,
+            mlp_ratio=4.0,
+            patch_size=c.crops.get_ref("patch"),
             image_size=c.crops.get_ref("global_size"),
             channels=3,  # as DINOv2 weights expect; grey is repeated on the device
             registers=0,
@@ -75,7 +80,7 @@ def get_config(arg=None):
             adjacent_weight=1.0,  # ours: as much as DINO-M
             centering="sinkhorn",  # DINOv2's large recipes
             koleo_group=0,
-            drop_path_group=16,  # consecutive images: the draw stays on one device
+            drop_path_group=32,  # consecutive images: the draw stays on one device where it holds as many
         )
     )
     c.optim = ConfigDict(
@@ -94,7 +99,8 @@ def get_config(arg=None):
             layer_decay=0.9,
             patch_embed_lr=0.2,
             clip=3.0,
-            beta2=0.99,
+            beta1=0.9,
+            beta2=0.99,  # with the halved rate, its author's advice for ViT-B
         )
     )
     c.augment = ConfigDict(
@@ -107,13 +113,17 @@ def get_config(arg=None):
             blur_sigma=(0.1, 0.5),  # DINOv2's sigma of up to 2 px teaches a model to ignore calcifications
             solarize_prob=(0.0, 0.0, 0.0),
             adjacent_jitter=0.1,
+            mean=(0.485, 0.456, 0.406),  # ImageNet: what DINOv2's weights expect
+            std=(0.229, 0.224, 0.225),
         )
     )
     c.data = ConfigDict(
         dict(
             sources=(),  # (built folder, split, kinds, weight), ...
-            exclude_flags=("stereo", "spot"),  # not a plain view of a whole breast
+            exclude_flags=("stereo", "spot", "mask_suspect"),  # partial views, doubtful masks
+            flat_slices=False,  # slices come in pairs only
             workers=8,
+            threads=2,
         )
     )
     c.run = ConfigDict(dict(log_every=50, checkpoint_every=1000, keep_checkpoints=2))

@@ -11,7 +11,7 @@ from mammodino_jax.errors import UserError
 
 
 class Checkpoints:
-    """Saves and restores train states under `folder`/<step>; saving is asynchronous and atomic."""
+    """Saves and restores train states under `folder`/<step>; a save is atomic."""
 
     def __init__(self, folder: Path, keep: int = 2):
         policy = ocp.training.preservation_policies.LatestN(keep)

@@ -50,7 +50,8 @@ class Encoder:
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _encode(params, images_BHW, vit: ViTConfig, mean, std):
     x = normalise(images_BHW.astype(jnp.float32) / 255, AugmentConfig(mean=mean, std=std), vit.channels)
-    return jax.tree.map(lambda a: a.astype(jnp.float32), bind(params, vit)(x))
+    with jax.default_matmul_precision("highest"):  # features must not depend on the device
+        return bind(params, vit)(x)
 
 
 def load_encoder(spec: str) -> Encoder:
@@ -89,7 +90,7 @@ def _from_workdir(folder: Path) -> Encoder:
     from mammodino_jax.recipe import from_config
 
     recipe = from_config(json.loads((folder / "config.json").read_text()))
-    vit = dataclasses.replace(recipe.model, drop_path=0.0)
+    vit = dataclasses.replace(recipe.model, drop_path=0.0, remat=False, dtype="float32")
     backbone = jax.eval_shape(functools.partial(init_params, vit, None, 0))
     state = checkpoint.load(folder, "state", {"teacher": {"backbone": backbone}})
     mean, std = (s[: vit.channels] for s in (recipe.augment.mean, recipe.augment.std))

@@ -21,7 +21,7 @@ def update_center(center_K, logits_RK, weight_R=None, momentum: float = 0.9):
         mean = logits_RK.mean(axis=0)
     else:
         valid = (weight_R > 0).astype(jnp.float32)
-        mean = valid @ logits_RK / jnp.maximum(valid.sum(), 1.0)
+        mean = jnp.matmul(valid, logits_RK, precision="highest") / jnp.maximum(valid.sum(), 1.0)
         mean = jnp.where(valid.sum() > 0, mean, center_K)
     return momentum * center_K + (1 - momentum) * mean
 
@@ -61,7 +61,11 @@ def dino_loss(teacher_BVK, global_BVK, local_BLK):
     pairs = 2 + 2 * locals_
     swapped = cross_entropy(teacher_BVK[:, ::-1], global_BVK).mean(axis=0).sum()
     log_p_BLK = jax.nn.log_softmax(local_BLK / STUDENT_TEMP, axis=-1)
-    local = -jnp.einsum("bvk,blk->", teacher_BVK, log_p_BLK) / teacher_BVK.shape[0] if locals_ else 0.0
+    local = (
+        -jnp.einsum("bvk,blk->", teacher_BVK, log_p_BLK, precision="highest") / teacher_BVK.shape[0]
+        if locals_
+        else 0.0
+    )
     return swapped / pairs, local / pairs
 
 
@@ -87,6 +91,7 @@ def koleo_loss(x_BD, group: int = 0, patient_B=None):
     Returns:
       (loss, share of nearest neighbours that would have been of the same patient).
     """
+    x_BD = x_BD.astype(jnp.float32)  # neighbours differ by less than half precision resolves
     B = x_BD.shape[0]
     group = group or B
     # sqrt of a floored square: jnp.linalg.norm has a NaN gradient at 0

@@ -14,7 +14,7 @@ CONSOLE_SECONDS = 5.0  # at most one console line in so many seconds
 
 
 class MetricsWriter:
-    """Writes the metrics of every `log_every`-th step; only `time/...` entries vary by run."""
+    """Writes the metrics of every `log_every`-th and every bad step; only `time/...` entries vary by run."""
 
     def __init__(self, workdir: Path, start: int, recipe, active: bool = True):
         self._recipe, self._start, self._active = recipe, start, active
@@ -40,7 +40,10 @@ class MetricsWriter:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         self._steps_since += 1
         r = self._recipe
-        if not self._active or (step % r.run.log_every and step + 1 != r.steps):
+        logged = (
+            step % r.run.log_every == 0 or step + 1 == r.steps or metrics["bad"]
+        )  # every bad step has a line
+        if not (self._active and logged):
             return
         now = time.perf_counter()
         span = max(now - self._since, 1e-9)

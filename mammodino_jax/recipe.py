@@ -104,6 +104,19 @@ def _check(r: Recipe) -> None:
         raise UserError(
             f"config.model.dim {r.model.dim} is not a multiple of config.model.heads {r.model.heads}"
         )
+    if r.crops.patch != r.model.patch_size:
+        raise UserError(
+            f"config.crops.patch {r.crops.patch} is not config.model.patch_size {r.model.patch_size}"
+        )
+    for name, value in (("steps", r.steps), ("crops.local_number", r.crops.local_number)):
+        if value < 1:
+            raise UserError(f"config.{name} is {value}, expected 1 or more")
+    for name in ("log_every", "checkpoint_every"):
+        if getattr(r.run, name) < 1:
+            raise UserError(f"config.run.{name} is {getattr(r.run, name)}, expected 1 or more")
+    group = min(r.loss.drop_path_group, r.dbt_rows)
+    if group and r.dbt_rows % group:
+        raise UserError(f"config.loss.drop_path_group {group} does not divide config.dbt_rows {r.dbt_rows}")
     for name in ("global_size", "local_size"):
         size = getattr(r.crops, name)
         if size % r.model.patch_size:

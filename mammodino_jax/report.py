@@ -62,7 +62,7 @@ def run_section(config: dict, rows: list[dict], data: Path, vit) -> str:
     bad = int(sum(row.get("bad", 0) for row in rows))
     cards = [
         ("Encoder", f"ViT, patch {vit.patch_size}", model),
-        ("Steps", f"{done} of {config['steps']}", f"seed {seed}, {bad} of the logged steps not finite"),
+        ("Steps", f"{done} of {config['steps']}", f"seed {seed}, {bad} not finite"),
         ("Batch", f"{config['batch_size']} images", f"{config['dbt_rows']} of them DBT slice pairs; {crops}"),
         ("Speed", f"{speed:.1f} images/s", "median over the logged steps"),
         (

@@ -18,7 +18,10 @@ def make_mesh(fsdp: int = 1) -> jax.sharding.Mesh:
     devices = jax.device_count()
     if fsdp < 1 or devices % fsdp:
         raise UserError(f"config.fsdp = {fsdp} does not divide the {devices} devices")
-    return jax.make_mesh((devices // fsdp, fsdp), ("data", "fsdp"), (AxisType.Auto, AxisType.Auto))
+    # in process order, which jax.make_mesh need not keep: process p feeds rows p*b..(p+1)*b-1 of a batch
+    order = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    grid = np.array(order).reshape(devices // fsdp, fsdp)
+    return jax.sharding.Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def state_shardings(abstract, mesh):

@@ -4,6 +4,7 @@ B images a global batch, V views, L local views, N patches a view, M masked-patc
 D width, K prototypes, S side, C channels.
 """
 
+import contextlib
 import functools
 import json
 from pathlib import Path
@@ -158,7 +159,7 @@ def loss_fn(student: dict, teacher: dict, center: dict, views: dict, key, teache
         if views["adjacent"].shape[1] == 1:  # reuse: pair i belongs to row i * B / A, view 0
             logits_adjacent = logits[:: B // pairs, 0]
         else:
-            group = c.drop_path_group * pairs // B
+            group = min(c.drop_path_group, pairs)
             cls_adjacent, _ = _encode(net, views["adjacent"][:, :1], None, keys[2], group)
             logits_adjacent = net.dino_head(cls_adjacent[:, 0])
         metrics["adjacent"] = losses.adjacent_loss(adjacent_target, logits_adjacent)
@@ -213,7 +214,7 @@ def check_workdir(config, workdir: Path) -> None:
     if not path.exists():
         return
     there, here = (dict(_flatten(c)) for c in (json.loads(path.read_text()), _jsonable(config)))
-    free = ("run.", "data.workers", "data.threads")
+    free = ("run.", "data.workers", "data.threads", "fsdp", "model.remat")
     names = sorted(name for name in there.keys() | here.keys() if not name.startswith(free))
     changed = [name for name in names if there.get(name) != here.get(name)]
     if changed:
@@ -263,6 +264,7 @@ def train(config, workdir: str) -> dict:
     """
     recipe, workdir = from_config(config), Path(workdir).absolute()
     check_devices(recipe)
+    mesh = make_mesh(recipe.fsdp)
     check_workdir(config, workdir)
     seen = provenance.collect(recipe.data)
     start = max(checkpoint.steps(workdir / "checkpoints"), default=0)
@@ -274,11 +276,15 @@ def train(config, workdir: str) -> dict:
     )  # fmt: skip
 
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(json.dumps(_jsonable(config), indent=1))
+    if jax.process_index() == 0:
+        (workdir / "config.json").write_text(json.dumps(_jsonable(config), indent=1))
     logging.info("process %d of %d, devices: %s", jax.process_index(), jax.process_count(), jax.devices())
-    mesh = make_mesh(recipe.fsdp)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=recipe.run.keep_checkpoints)
     state, step_fn = start_or_resume(recipe, mesh, checkpoints)
+    if int(state["step"]) != start:
+        raise UserError(
+            f"the newest checkpoint holds step {int(state['step'])}, its folder's name says {start}"
+        )
     writer = MetricsWriter(workdir, start, recipe, active=jax.process_index() == 0)
     bad, pending = 0, None
 
@@ -291,20 +297,19 @@ def train(config, workdir: str) -> dict:
         if bad == 3:
             raise FloatingPointError(f"loss or gradients were not finite in steps {step - 2} to {step}")
 
-    for step in range(start, recipe.steps):
-        with writer.waiting():
-            batch = next(batches)
-        if step == 0 and jax.process_index() == 0:
-            draw_batch(batch, workdir / "samples", recipe.model.patch_size)
-        state, metrics = step_fn(state, put_batch(batch, mesh))
-        if pending:
-            settle(*pending)
-        pending = (step, metrics)
-        if (step + 1) % recipe.run.checkpoint_every == 0 or step + 1 == recipe.steps:
-            settle(*pending)
-            pending = None
-            checkpoints.save(step + 1, state, seen)
-    checkpoints.close()
-    writer.close()
+    with contextlib.closing(batches), contextlib.closing(checkpoints), contextlib.closing(writer):
+        for step in range(start, recipe.steps):
+            with writer.waiting():
+                batch = next(batches)
+            if step == 0 and jax.process_index() == 0:
+                draw_batch(batch, workdir / "samples", recipe.model.patch_size)
+            state, metrics = step_fn(state, put_batch(batch, mesh))
+            if pending:
+                settle(*pending)
+            pending = (step, metrics)
+            if (step + 1) % recipe.run.checkpoint_every == 0 or step + 1 == recipe.steps:
+                settle(*pending)
+                pending = None
+                checkpoints.save(step + 1, state, seen)
     logging.info("trained to step %d; checkpoints in %s", int(state["step"]), workdir / "checkpoints")
     return state

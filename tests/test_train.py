@@ -1,6 +1,8 @@
 """The training loop on a tiny synthetic data set: it learns, resumes, survives bad steps and bad input."""
 
+import dataclasses
 import functools
+import importlib
 import json
 import os
 import signal
@@ -123,14 +125,14 @@ def batch_of(recipe, start_step=0):
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_step(dataset):
-    recipe = from_config(tiny(dataset))
+    recipe = from_config(tiny(dataset, loss={"centering": "centering"}))
     state = init_state(recipe)
     bad = {**state, "teacher": jax.tree.map(lambda a: a * jnp.nan, state["teacher"])}
     step = jax.jit(functools.partial(train_step, recipe=recipe))
     new, logged = step(bad, batch_of(recipe))
     assert logged["bad"] == 1 and new["step"] == 1
-    for name in ("student", "opt", "center"):
-        for a, b in zip(jax.tree.leaves(new[name]), jax.tree.leaves(state[name]), strict=True):
+    for name in ("student", "teacher", "opt", "center"):
+        for a, b in zip(jax.tree.leaves(new[name]), jax.tree.leaves(bad[name]), strict=True):
             np.testing.assert_array_equal(a, b)
     good, logged = step(state, batch_of(recipe))
     assert logged["bad"] == 0
@@ -146,13 +148,13 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_step(dataset):
     [
         {"dbt_rows": 0},
         {"pairs": {"mode": "reuse"}},
-        {"loss": {"centering": "sinkhorn"}, "head": {"separate_ibot": True}},
+        {"loss": {"centering": "centering"}, "head": {"separate_ibot": True}},
         {
-            "model": {"drop_path": 0.5, "remat": True, "registers": 2, "channels": 1},
+            "model": {"drop_path": 0.5, "remat": True, "registers": 2, "channels": 1, "dtype": "bfloat16"},
             "loss": {"drop_path_group": 4},
         },
     ],
-    ids=["no-dbt", "reuse", "sinkhorn-separate", "drop-path-remat-registers-grey"],
+    ids=["no-dbt", "reuse", "centering-separate", "drop-path-remat-registers-grey-bf16"],
 )
 @pytest.mark.slow
 def test_variants_step(dataset, changes):
@@ -211,3 +213,46 @@ def test_main_names_a_mistyped_field(tmp_path):
     done = subprocess.run([*command, "--config.optim.base_lrr=1"], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 2 and 'Did you mean "base_lr"' in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("name", ["nano", "vitb14_518"])
+def test_recipes_name_every_field(name):
+    """A field left to a default could not be set from the command line, and would not be in config.json."""
+    c = importlib.import_module(f"configs.{name}").get_config("data").to_dict()
+    recipe = from_config(c)
+    for field in dataclasses.fields(recipe):
+        if dataclasses.is_dataclass(value := getattr(recipe, field.name)):
+            assert c[field.name].keys() == {f.name for f in dataclasses.fields(value)}, field.name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"crops": {"patch": 7}}, "patch"),
+        ({"crops": {"local_number": 0}}, "local_number is 0"),
+        ({"run": {"log_every": 0}}, "log_every is 0"),
+        ({"loss": {"drop_path_group": 3}}, "drop_path_group 3 does not divide"),
+        ({"crops": {"global_size": 50}}, "multiple of"),
+        ({"model": {"heads": 3}}, "not a multiple of config.model.heads"),
+    ],
+)
+def test_values_that_do_not_fit_together_are_named(dataset, changes, message):
+    values = tiny(dataset).to_dict()  # plain: in a ConfigDict model.patch_size follows crops.patch
+    for section, fields in changes.items():
+        values[section] |= fields
+    with pytest.raises(UserError, match=message):
+        from_config(values)
+
+
+def test_another_fsdp_is_refused_before_writing(dataset, tmp_path):
+    with pytest.raises(UserError, match="does not divide the 1 devices"):
+        train(tiny(dataset, fsdp=3), tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+def test_koleo_is_float32_whatever_the_features_are(dataset):
+    from mammodino_jax.losses import koleo_loss
+
+    x = jax.random.normal(jax.random.key(0), (16, 32)).astype(jnp.bfloat16)
+    assert koleo_loss(x)[0].dtype == jnp.float32
+    np.testing.assert_array_equal(koleo_loss(x)[0], koleo_loss(x.astype(jnp.float32))[0])

@@ -135,12 +135,6 @@ def handmade_features() -> Callable:
     return extract
 
 
-def canvas(heights, widths, long_side: int, patch: int) -> tuple[int, int]:
-    """The smallest (height, width), multiples of `patch`, that holds every record scaled to `long_side`."""
-    scale = long_side / np.maximum(heights, widths)
-    return tuple(int(math.ceil(np.round(np.max(s * scale)) / patch) * patch) for s in (heights, widths))
-
-
 def extract(
     folders: Sequence[Path],
     items: Items,
@@ -172,12 +166,12 @@ def extract(
     count = np.zeros(len(items.patient))
     total: dict[str, np.ndarray] = {}
     for folder, of_row in zip(folders, items.of_row, strict=True):
-        index = pq.read_table(Path(folder) / "index.parquet", columns=["height", "width", "split"])
-        height, width = canvas(index["height"].to_numpy(), index["width"].to_numpy(), long_side, patch)
+        index = pq.read_table(Path(folder) / "index.parquet", columns=["split"])
         present = set(index["split"].to_pylist())
         splits = [s for s in records.SPLITS if s in present]
+        # one square canvas for all: its padding must not tell records or data sets apart
         batches = make_eval_batches(
-            folder, splits, height=height, width=width, batch_size=batch_size, patch=patch
+            folder, splits, height=long_side, width=long_side, batch_size=batch_size, patch=patch
         )
         title = f"features at {long_side} px"
         for batch in tqdm(batches, title, total=math.ceil(len(index) / batch_size), unit="batch"):

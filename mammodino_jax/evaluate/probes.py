@@ -118,21 +118,21 @@ def linear(x_nD, label_n, fold: Fold, classes: int):
         return score, np.full(len(fold.test), present[0]), {"C": None}
     x = standardise(x_nD, fold.train)
     known = np.isin(y_val, present)
+    if not known.any():  # nothing to choose the L2 by: not computed
+        return score, np.full(len(fold.test), np.bincount(y).argmax()), {"C": None}
     best = (np.inf, None, None)
     for strength in STRENGTHS:  # ascending: a tie keeps the stronger L2
         model = LogisticRegression(C=strength, class_weight="balanced", max_iter=2000)
         model.fit(x[fold.train], y)
         loss = _balanced_log_loss(model, x[fold.val[known]], y_val[known])
-        if best[1] is None or loss < best[0]:
+        if loss < best[0]:
             best = (loss, strength, model)
     score[:, present] = best[2].predict_proba(x[fold.test])
     return score, present[score[:, present].argmax(axis=1)], {"C": best[1]}
 
 
 def _balanced_log_loss(model, x_nD, label_n) -> float:
-    """Cross-entropy, averaged within classes first; infinite for no items."""
-    if not len(label_n):
-        return np.inf
+    """Cross-entropy, averaged within classes first."""
     log_nC = np.log(np.maximum(model.predict_proba(x_nD), 1e-12))
     loss = [-log_nC[label_n == c, i].mean() for i, c in enumerate(model.classes_) if (label_n == c).any()]
     return float(np.mean(loss))

@@ -163,7 +163,7 @@ class ViT(nnx.Module):
         self.pos_embed = nnx.Param(normal_02(rngs.params(), (1, 1 + c.grid**2, c.dim)))
         self.mask_token = nnx.Param(jnp.zeros((1, c.dim)))
         self.blocks = nnx.List([Block(c, rngs) for _ in range(c.depth)])
-        self.norm = nnx.LayerNorm(c.dim, epsilon=1e-6, dtype=c.dtype, rngs=rngs)
+        self.norm = nnx.LayerNorm(c.dim, epsilon=1e-6, dtype=jnp.float32, rngs=rngs)  # features are float32
 
     def positions(self, rows: int, cols: int):
         """Position embeddings [1, 1 + rows*cols, D], resampled in float32 from the trained grid."""
@@ -210,7 +210,7 @@ class ViT(nnx.Module):
             def run(x, block=block, block_key=block_key):
                 return block(x, block_key, group)
 
-            x = jax.checkpoint(run)(x) if c.remat and key is not None else run(x)
+            x = jax.checkpoint(run)(x) if c.remat else run(x)
         out = self.norm(x)
         first = 1 + c.registers
         return {"cls": out[:, 0], "registers": out[:, 1:first], "patches": out[:, first:], "tokens": x}

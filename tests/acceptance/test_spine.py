@@ -112,10 +112,10 @@ def test_line_02_make_test(work):
     """make test from a fresh clone, then the fast tests on Python 3.12, as CI does."""
     here, began = clone(work / "clone_test"), time.time()
     out = run("bash", ".ci/run", cwd=here, env=ENV | {"MAMMODINO_SHARED": str(REPO.parent / "shared")})
-    print(
-        f"\n2. .ci/run: {(time.time() - began) / 60:.1f} min\n"
-        + "\n".join(x for x in out.splitlines() if "passed" in x)
-    )
+    summary = [x for x in out.splitlines() if " passed" in x]
+    minutes = (time.time() - began) / 60
+    print(f"\n2. .ci/run: {minutes:.1f} min", *summary, sep="\n")
+    assert minutes < 40 and len(summary) == 2
 
 
 def test_line_03_real_files(built, shared):
@@ -168,6 +168,7 @@ def config_file(c, path: Path) -> Path:
 def test_line_04_real_training(built, work):
     """50 steps on the records of line 3 mixed with phantom DBT."""
     config, workdir = config_file(mixed(built, 50), work / "mixed.py"), work / "mixed"
+    shutil.rmtree(workdir, ignore_errors=True)
     run(sys.executable, "main.py", f"--config={config}", f"--workdir={workdir}")
     rows = metrics.read(workdir / "metrics.jsonl")
     first, last = falls(rows)

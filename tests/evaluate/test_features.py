@@ -78,11 +78,6 @@ def test_encoder_features_are_cls_and_the_tissue_mean():
     np.testing.assert_array_equal(found[1, 4:], 0)  # no tissue: zeros, not NaN
 
 
-def test_canvas_holds_portrait_and_landscape():
-    assert features.canvas([1024, 1000], [500, 700], 196, 14) == (196, 140)
-    assert features.canvas([500, 1024], [1024, 500], 196, 14) == (196, 196)
-
-
 def test_a_long_side_off_the_patch_grid_is_a_user_error(data):
     with pytest.raises(
         UserError, match="--long-side 100 is not a positive multiple of the patch size 14; 98 is"

@@ -25,8 +25,8 @@ from mammodino_jax.train import apply_gradients, loss_fn
 
 
 def golden_folder() -> Path:
-    default = Path(__file__).resolve().parents[2].parent / "shared" / "golden"
-    return Path(os.environ.get("MAMMODINO_GOLDEN", default))
+    shared = os.environ.get("MAMMODINO_SHARED", Path(__file__).resolve().parents[2].parent / "shared")
+    return Path(os.environ.get("MAMMODINO_GOLDEN", Path(shared) / "golden"))
 
 
 GOLDEN = sorted(golden_folder().glob("step_*.npz"))
