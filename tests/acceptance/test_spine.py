@@ -108,10 +108,10 @@ def test_line_01_demo(work):
         assert (here / part).exists() and part in out
 
 
-def test_line_02_make_test(work):
+def test_line_02_make_test(work, shared):
     """make test from a fresh clone, then the fast tests on Python 3.12, as CI does."""
     here, began = clone(work / "clone_test"), time.time()
-    out = run("bash", ".ci/run", cwd=here, env=ENV | {"MAMMODINO_SHARED": str(REPO.parent / "shared")})
+    out = run("bash", ".ci/run", cwd=here, env=ENV | {"MAMMODINO_SHARED": str(shared)})
     summary = [x for x in out.splitlines() if " passed" in x]
     minutes = (time.time() - began) / 60
     print(f"\n2. .ci/run: {minutes:.1f} min", *summary, sep="\n")
@@ -229,7 +229,8 @@ def test_line_06_devices(built, work):
 
 def test_line_07_export(built, work):
     """The exported folders give our features on real crops at the training size."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    import torch
+    import transformers
     from safetensors.numpy import load_file
     from test_export import normalised_nchw, plain_torch_vit
 
