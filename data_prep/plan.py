@@ -85,12 +85,18 @@ def drop_repeats(planned: list[Planned]) -> tuple[list[Planned], list[dict]]:
       The files to keep, and the lines of rejects.jsonl for the others.
     """
     shown = {p.exposure for p in planned if not p.header.for_processing and p.header.syntax}
-    kept, rejects, seen = [], [], {}
+    whole: dict[
+        str, Planned
+    ] = {}  # of equal instances the largest file: a truncated copy must not displace it
+    for p in planned:
+        if p.image not in whole or p.row.path.stat().st_size > whole[p.image].row.path.stat().st_size:
+            whole[p.image] = p
+    kept, rejects = [], []
     for p in planned:
         if p.header.for_processing and p.exposure in shown:
             reject = Reject("for_processing", "its FOR PRESENTATION image is among the inputs")
-        elif seen.setdefault(p.image, p.number) != p.number:
-            reject = Reject("duplicate", f"same SOP instance as input {seen[p.image]}")
+        elif whole[p.image] is not p:
+            reject = Reject("duplicate", f"same SOP instance as input {whole[p.image].number}")
         else:
             kept.append(p)
             continue

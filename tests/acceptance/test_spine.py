@@ -333,7 +333,8 @@ def test_line_09_bad_input(built, work, shared):
     good = work / "good"
     good.mkdir(exist_ok=True)
     shutil.copy(shared / "data/dicom/GH133.dcm", good)
-    (good / "broken.dcm").write_bytes((shared / "data/dicom/GH133.dcm").read_bytes()[:200_000])
+    other = shared / "data/dicom/hologic_dbt_slice_GH1376_deid_jpegll.dcm"
+    (good / "broken.dcm").write_bytes(other.read_bytes()[:200_000])
     shutil.rmtree(work / "good_out", ignore_errors=True)
     prep("build", "--source", "folder", "--input", good, "--output", work / "good_out", "--key", work / "key")
     rejects = [json.loads(x) for x in (work / "good_out.local/rejects.jsonl").read_text().splitlines()]

@@ -181,6 +181,17 @@ def test_duplicates_and_for_processing_siblings(tmp_path, breast, write_dicom):
     assert codes == ["duplicate", "for_processing"]
 
 
+def test_a_truncated_copy_does_not_displace_the_whole_file(tmp_path, breast, write_dicom):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    whole = write_dicom(folder / "z.dcm", breast()).read_bytes()
+    (folder / "a.dcm").write_bytes(whole[: len(whole) // 2])  # listed first
+    build(BuildOptions((folder,), tmp_path / "out"))
+    rows, _ = read_all(tmp_path / "out")
+    reject = json.loads((tmp_path / "out.local/rejects.jsonl").read_text())
+    assert len(rows) == 1 and reject["code"] == "duplicate" and reject["path"].endswith("a.dcm")
+
+
 def test_full_box_and_fixed_scale(tmp_path, breast, write_dicom):
     image = breast(400, 300, share=0.25)
     path = write_dicom(tmp_path / "a.dcm", image, ImagerPixelSpacing=[0.1, 0.1])
