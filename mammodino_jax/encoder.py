@@ -43,8 +43,7 @@ class Encoder:
 
     def __call__(self, images) -> dict[str, jax.Array]:
         """Features of uint8 [B, H, W] after the final norm: float32 {"cls": [B, D], "patches": [B, N, D]}."""
-        out = _encode(self.params, jnp.asarray(images), self.vit, self.mean, self.std)
-        return {"cls": out["cls"], "patches": out["patches"]}
+        return _encode(self.params, jnp.asarray(images), self.vit, self.mean, self.std)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))

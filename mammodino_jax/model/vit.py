@@ -185,8 +185,7 @@ class ViT(nnx.Module):
           group: rows that share one drop-path draw; 0 is all of them.
 
         Returns:
-          {"cls": [B, D], "registers": [B, R, D], "patches": [B, N, D]}, all after the final norm, and
-          {"tokens": [B, T, D]} before it.
+          {"cls": [B, D], "patches": [B, N, D]}, both after the final norm.
         """
         c = self.c
         B, height, width, _ = images.shape
@@ -213,4 +212,4 @@ class ViT(nnx.Module):
             x = jax.checkpoint(run)(x) if c.remat else run(x)
         out = self.norm(x)
         first = 1 + c.registers
-        return {"cls": out[:, 0], "registers": out[:, 1:first], "patches": out[:, first:], "tokens": x}
+        return {"cls": out[:, 0], "patches": out[:, first:]}
