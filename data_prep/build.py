@@ -1,7 +1,8 @@
 """Files -> shards + index: list, scan headers, plan, write shards in worker processes, merge.
 
 The output folder gets its first file when every shard is finished, and prep.json last: a folder with
-prep.json is complete, one without is built again. Everything that knows a path lies in DIR.local/ beside it.
+prep.json is complete. Finished shards of a build that was killed wait in DIR.local/parts and are not made
+again; the bytes are those of a build that was not. Everything that knows a path lies in DIR.local/.
 """
 
 import importlib
@@ -11,6 +12,7 @@ import multiprocessing
 import pkgutil
 import platform
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,18 +23,20 @@ from itertools import repeat
 from pathlib import Path
 
 import cv2
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data_prep import merge, plan, sources
+from data_prep import merge, plan, sources, vendors
 from data_prep.header import Header, Reject
 from data_prep.identity import hash_id, load_key
-from data_prep.plan import Listing, Row, count_by, reject_line
+from data_prep.plan import Listing, Planned, Row, count_by, reject_line
 from data_prep.read import scan
-from data_prep.shards import Prepared, Settings, prepare, write_shard
+from data_prep.settings import Settings
+from data_prep.shards import is_written, write_shard
 from mammodino_jax.data import records
 from mammodino_jax.errors import UserError, suggest
 
-__all__ = ["BuildOptions", "Prepared", "Settings", "build", "prepare"]
+__all__ = ["BuildOptions", "Settings", "build"]
 
 log = logging.getLogger("data_prep")
 _SCAN_CHUNK = 64
@@ -45,8 +49,11 @@ class BuildOptions:
     inputs: tuple[Path, ...]
     output: Path
     source: str = "folder"
+    columns: dict[str, str] = field(default_factory=dict)  # of --source folder: our column -> theirs
     dataset: str = ""  # its name in the index and in the ids; empty: the source's name
+    previous: tuple[Path, ...] = ()  # earlier deliveries: their patients keep their splits
     workers: int = 1
+    dask: str | None = None  # local, or the address of a scheduler
     seed: int = 0
     split: tuple[float, float, float] = (0.7, 0.1, 0.2)  # train, val, test where the source gives none
     key: str | None = None
@@ -55,7 +62,7 @@ class BuildOptions:
 
 
 def build(options: BuildOptions) -> dict:
-    """Build a data set.
+    """Build a data set; where it is built already and only labels differ, write its tables again.
 
     Returns:
       Counts: {"inputs", "records", "rejects", "train", "val", "test"}; and "already_built" where
@@ -65,56 +72,153 @@ def build(options: BuildOptions) -> dict:
       UserError: an input is missing or empty, nothing in it is usable, or the output is of other settings.
     """
     local = options.output.with_name(options.output.name + ".local")
-    listing = _source(options.source).list_files([Path(p) for p in options.inputs])
+    vendors.check(options.settings.vendor_table)
+    listing = _list(options)
     dataset = options.dataset or options.source
-    key = load_key(options.key, options.output)
-    prep = _describe(options, dataset, listing, key)
-    if _already_built(options.output, prep):
-        return prep["counts"] | {"already_built": True}
+    key = load_key(options.key, options.output, make=not options.dry_run)
+    earlier = _Earlier(options.previous, key, dataset)
+    prep = _describe(options, dataset, listing, key, earlier)
+    built = _already_built(options.output, prep)
+    if built and built["labels"] == prep["labels"]:
+        return built["counts"] | {"already_built": True}
 
-    with _pool(options.workers) as run:
-        headers, rejects = _scan_headers(listing.rows, options.settings.kind, run)
-        files = [plan.identify(number, listing.rows[number], header) for number, header in headers.items()]
-        planned, repeats = plan.drop_repeats(files)
-        rejects += repeats
-        plan.assign_splits(planned, options.split, options.seed)
+    with _pool(options) as run:
+        planned, rejects = _plan(listing, options, earlier, run)
+        if built:
+            return _relabel(options.output, local, planned, listing, built | {"labels": prep["labels"]})
         shards = plan.make_shards(planned, options.seed)
         if options.dry_run:
-            log.info("%d files: %s", len(planned), count_by(p.header.kind for p in planned))
+            log.info("%d images and volumes: %s", len(planned), count_by(p.header.kind for p in planned))
+            log.info("rejected: %s", count_by(r["code"] for r in rejects) or "none")
             log.info("shards: %s", ", ".join(f"{len(chunks)} {split}" for split, chunks in shards.items()))
             sizes = {s: sum(len(p.header.frames) for chunk in shards[s] for p in chunk) for s in shards}
             return _counts(listing.rows, rejects, sizes)
-
-        parts = local / "parts"
-        shutil.rmtree(parts, ignore_errors=True)
-        parts.mkdir(parents=True)
-        chunks = {parts / f"{s}-{i:05d}": chunk for s in shards for i, chunk in enumerate(shards[s])}
+        chunks = _open_parts(local / "parts", prep, shards)
         recipe = repeat(options.settings), repeat(dataset), repeat(key)
-        with tqdm(total=len(planned), desc="images", unit="file", mininterval=1) as bar:
-            for files in run(write_shard, chunks, chunks.values(), *recipe):
-                bar.update(files)
+        todo = {part: chunk for part, chunk in chunks.items() if not is_written(part)}
+        count = {part: sum(len(p.members or [p]) for p in chunk) for part, chunk in chunks.items()}
+        start = sum(count.values()) - sum(count[part] for part in todo)
+        with tqdm(total=sum(count.values()), initial=start, desc="images", unit="file", mininterval=1) as bar:
+            failed = len(rejects)
+            for done in run(write_shard, todo, todo.values(), *recipe):
+                failed += done["rejects"]
+                bar.set_postfix(rejected=failed, refresh=False)
+                bar.update(done["files"])
 
     results = {part: json.loads(Path(f"{part}.json").read_text()) for part in chunks}
+    used = {number for result in results.values() for number in result["used"]}
+    rejects = [reject for reject in rejects if reject["number"] not in used]
     rejects += [reject for result in results.values() for reject in result["rejects"]]
     rejects.sort(key=lambda reject: reject["number"])
     merge.write_lines(local / "rejects.jsonl", rejects)
     for reject in rejects:
         log.warning("input %d rejected: %s", reject["number"], reject["code"])
-    by_number = {p.number: p for p in planned}
-    index = merge.index_rows(results, by_number)
-    if not index:
-        shutil.rmtree(parts)
+    by_number = _by_number(planned)
+    rows = [row for result in results.values() for row in result["rows"]]
+    if not rows:
+        shutil.rmtree(local / "parts")
         raise UserError(
             f"none of {len(listing.rows)} input files is usable ({count_by(r['code'] for r in rejects)}); "
             f"reasons are in {local / 'rejects.jsonl'}"
         )
+    index = merge.index_rows(rows, by_number, earlier.pixels)
     sizes = {split: sum(row["split"] == split for row in index) for split in records.SPLITS}
     prep["counts"] = _counts(listing.rows, rejects, sizes)
+    prep["rejects"] = dict(sorted(Counter(reject["code"] for reject in rejects).items()))
     prep["decoder_fallbacks"] = sum("decoder_fallback" in row["flags"] for row in index)
-    merge.write_lines(local / "manifest.jsonl", merge.manifest(index, listing.rows))
-    merge.finish(options.output, results, index, by_number, listing, prep)
-    shutil.rmtree(parts)
+    files = [facts for result in results.values() for facts in result["files"]]
+    merge.write_lines(local / "manifest.jsonl", merge.manifest(index, files, listing.rows))
+    parts = {part: result["rows"] for part, result in results.items()}
+    merge.finish(options.output, parts, index, by_number, listing, prep)
+    shutil.rmtree(local / "parts")
     return prep["counts"]
+
+
+class _Earlier:
+    """What earlier deliveries say: the splits of their patients, and their pixels."""
+
+    def __init__(self, folders: tuple[Path, ...], key: bytes, dataset: str):
+        self.key, self.dataset, self.splits, self.pixels = key, dataset, {}, {}
+        self.inputs = []
+        for folder in folders:
+            prep = records.read_prep(folder)
+            if (name := prep["settings"]["dataset"]) != dataset:
+                raise UserError(
+                    f"--previous {folder} is of --dataset {name}, this is {dataset}: one patient would get "
+                    "two ids; deliveries of one archive need one name"
+                )
+            self.inputs.append(prep["inputs"])
+            columns = ["patient_id", "split", "pixel_hash", "image_id"]
+            for row in pq.read_table(folder / "index.parquet", columns=columns).to_pylist():
+                self.splits.setdefault(row["patient_id"], row["split"])
+                self.pixels.setdefault(row["pixel_hash"], row["image_id"])
+
+    def split(self, patient: str) -> str | None:
+        return self.splits.get(hash_id(self.key, self.dataset, "patient", patient)) if self.splits else None
+
+
+def _plan(
+    listing: Listing, options: BuildOptions, earlier: _Earlier, run: Callable
+) -> tuple[list[Planned], list[dict]]:
+    """Scan headers and settle duplicates, volumes and splits. Returns what to build, and the rejects."""
+    headers, rejects = _scan_headers(listing.rows, options.settings, run)
+    files = [plan.identify(number, listing.rows[number], header) for number, header in headers.items()]
+    planned, repeats = plan.drop_repeats(files, options.settings.for_processing == "keep")
+    planned = plan.group_slices(planned)
+    plan.assign_splits(planned, options.split, options.seed, earlier.split)
+    for p in planned:
+        for spare in p.spares:
+            spare.split = p.split
+    return planned, rejects + repeats
+
+
+def _by_number(planned: list[Planned]) -> dict[int, Planned]:
+    """Every file that may have become records, by its number. Slices of a volume have the volume's labels."""
+    found = {}
+    for p in planned:
+        for one in (p, *p.spares):
+            found[one.number] = one
+        for member in p.members:
+            found[member.number] = replace(member, row=replace(member.row, labels=p.row.labels))
+    return found
+
+
+def _open_parts(folder: Path, prep: dict, shards: dict) -> dict[Path, list[Planned]]:
+    """The parts to write. Those of an interrupted build stay if it was the same build."""
+    same = hash_id(b"plan", "", "", json.dumps(prep | {"labels": None}, sort_keys=True))
+    if not (folder / "plan").is_file() or (folder / "plan").read_text() != same:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / "plan").write_text(same)
+    return {folder / f"{s}-{i:05d}": chunk for s in shards for i, chunk in enumerate(shards[s])}
+
+
+def _relabel(output: Path, local: Path, planned: list[Planned], listing: Listing, prep: dict) -> dict:
+    """Write index, findings and labels of a built data set again; the shards stay."""
+    if not (local / "manifest.jsonl").is_file():
+        raise UserError(f"{output} is built with other labels, and {local} is gone; give a new output folder")
+    origin = {}
+    for line in (local / "manifest.jsonl").read_text().splitlines():
+        line = json.loads(line)
+        for image_id, frame in zip(line["image_ids"], line["frames"], strict=True):
+            origin[image_id] = {"number": line["number"], "source_frame": frame, **line["source"]}
+    rows, by_number = [], _by_number(planned)
+    for row in pq.read_table(output / "index.parquet").to_pylist():
+        row = {name: value for name, value in row.items() if not name.startswith("label_")}
+        row |= origin[row["image_id"]]
+        rows.append(row | by_number[row["number"]].row.labels)
+    (output / "prep.json").unlink()
+    merge.write_tables(output, rows, by_number, listing, prep)
+    log.info("only labels differ: index, findings and labels are written again, the shards stay")
+    return prep["counts"]
+
+
+def _list(options: BuildOptions) -> Listing:
+    source = _source(options.source)
+    if options.columns and options.source != "folder":
+        raise UserError(f"--columns is for --source folder; {options.source} has its own columns")
+    extra = (options.columns,) if options.columns else ()
+    return source.list_files([Path(p) for p in options.inputs], *extra)
 
 
 def _source(name: str):
@@ -124,24 +228,29 @@ def _source(name: str):
     return importlib.import_module(f"data_prep.sources.{name}")
 
 
-def _describe(options: BuildOptions, dataset: str, listing: Listing, key: bytes) -> dict:
+def _describe(options: BuildOptions, dataset: str, listing: Listing, key: bytes, earlier: _Earlier) -> dict:
     """prep.json without its counts; equal content means that a build would give the same bytes."""
     # Sizes in place of paths: the input folder may move.
-    listed = [vars(row) | {"path": row.path.stat().st_size} for row in listing.rows]
+    size = {row.path: row.path.stat().st_size if row.path.is_file() else None for row in listing.rows}
+    listed = [vars(row) | {"path": size[row.path], "labels": 0, "findings": 0} for row in listing.rows]
+    labels = [(row.labels, row.findings) for row in listing.rows]
     packages = ("numpy", "pydicom", "imagecodecs", "array-record", "tensorflow-datasets")
+    settings = asdict(options.settings)
+    settings |= {"source": options.source, "dataset": dataset, "seed": options.seed, "split": options.split}
     return {
         "schema_version": records.SCHEMA_VERSION,
-        "settings": asdict(options.settings)
-        | {"source": options.source, "dataset": dataset, "seed": options.seed, "split": list(options.split)},
-        "inputs": hash_id(key, dataset, "inputs", repr((listed, listing.labels))),
+        "settings": json.loads(json.dumps(settings)),
+        "inputs": hash_id(key, dataset, "inputs", repr((listed, earlier.inputs))),
+        "labels": hash_id(key, dataset, "labels", repr((labels, listing.labels))),
         "terms": {dataset: listing.terms},
+        "no_release": [dataset] if listing.no_release else [],
         "versions": {"opencv": cv2.__version__, "python": platform.python_version()}
         | {name: version(name) for name in packages},
     }
 
 
-def _already_built(output: Path, prep: dict) -> bool:
-    """True where `output` is complete and of the same settings and inputs.
+def _already_built(output: Path, prep: dict) -> dict | None:
+    """prep.json of `output` where it is complete and of the same settings and inputs.
 
     Raises:
       UserError: it is complete but differs, or is a folder that is not ours.
@@ -150,7 +259,7 @@ def _already_built(output: Path, prep: dict) -> bool:
         foreign = [p for p in output.iterdir() if not merge.is_ours(p.name)] if output.is_dir() else []
         if foreign or (output.exists() and not output.is_dir()):
             raise UserError(f"output {output} is not empty and no data set of ours; give a new folder")
-        return False
+        return None
     built = records.read_prep(output)
     old, new, changed = built["settings"], prep["settings"], ""
     if built["inputs"] != prep["inputs"]:
@@ -161,50 +270,82 @@ def _already_built(output: Path, prep: dict) -> bool:
         raise UserError(
             f"{output} is already built with other {changed}; give a new output folder or delete it"
         )
-    prep["counts"] = built["counts"]
-    return True
+    return built
 
 
 def _counts(rows: list[Row], rejects: list[dict], splits: dict[str, int]) -> dict:
     return {"inputs": len(rows), "records": sum(splits.values()), "rejects": len(rejects), **splits}
 
 
-def _scan_headers(rows: list[Row], kind: str, run: Callable) -> tuple[dict[int, Header], list[dict]]:
+def _scan_headers(rows: list[Row], settings: Settings, run: Callable) -> tuple[dict[int, Header], list[dict]]:
     """Headers of the usable files by number, and the rejects."""
     found: list[Header | Reject] = []
-    chunks = [[row.path for row in rows[i : i + _SCAN_CHUNK]] for i in range(0, len(rows), _SCAN_CHUNK)]
+    chunks = [
+        [(row.path, row.reject) for row in rows[i : i + _SCAN_CHUNK]]
+        for i in range(0, len(rows), _SCAN_CHUNK)
+    ]
     with tqdm(total=len(rows), desc="headers", unit="file", mininterval=1) as bar:
-        for part in run(_scan_chunk, chunks, repeat(kind)):
+        for part in run(_scan_chunk, chunks, repeat(settings)):
             found += part
             bar.update(len(part))
     headers = {number: header for number, header in enumerate(found) if isinstance(header, Header)}
     return headers, [reject_line(n, rows[n], found[n]) for n in range(len(rows)) if n not in headers]
 
 
-def _scan_chunk(paths: list[Path], kind: str) -> list[Header | Reject]:
+def _scan_chunk(files: list[tuple[Path, tuple | None]], settings: Settings) -> list[Header | Reject]:
     found = []
-    for path in paths:
+    for path, excluded in files:
         try:
-            found.append(replace(scan(path, kind), voi={}))  # look-up tables stay in the worker
+            if excluded:
+                raise Reject(*excluded)
+            found.append(replace(scan(path, settings), voi=()))  # look-up tables stay in the worker
         except Reject as reject:
             found.append(Reject(*reject.args))  # without its traceback, which would keep the file's header
     return found
 
 
 @contextmanager
-def _pool(workers: int) -> Iterator[Callable]:
-    """Yield `map`, over processes if there are several workers: results in order, whoever is done first.
+def _pool(options: BuildOptions) -> Iterator[Callable]:
+    """Yield `map`, over processes if there are several workers or over a Dask cluster: results in order,
+    whoever is done first.
 
-    A worker that dies (out of memory, killed) ends the build with an error.
+    A worker that dies (out of memory, killed) ends the build with an error; what is finished stays.
     """
-    if workers <= 1:
+    if options.dask:
+        with _dask(options) as executor:
+            yield executor.map
+        return
+    if options.workers <= 1:
         yield map
         return
-    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    executor = ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"))
     try:
         yield executor.map
     except BrokenProcessPool as error:
-        message = "a worker process died (out of memory?); nothing was built, try fewer --workers"
+        message = "a worker process died (out of memory?); try fewer --workers: finished shards are kept"
         raise UserError(message) from error
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _dask(options: BuildOptions) -> Iterator:
+    """A concurrent-futures executor on the Dask scheduler at an address, or on a cluster of our own. Its
+    workers must see the files under the same paths."""
+    try:
+        import distributed
+    except ImportError as error:
+        raise UserError("--dask needs dask.distributed: pip install 'mammodino-jax[dask]'") from error
+    try:
+        if options.dask == "local":
+            settings = dict(n_workers=options.workers, threads_per_worker=1, dashboard_address=None)
+            cluster = distributed.LocalCluster(**settings)
+            with cluster, distributed.Client(cluster) as client:
+                yield client.get_executor()
+        else:
+            with distributed.Client(options.dask, timeout=20) as client:
+                yield client.get_executor()
+    except OSError as error:
+        raise UserError(f"no Dask scheduler answers at {options.dask} ({error})") from error
+    except distributed.scheduler.KilledWorker as error:
+        raise UserError(f"Dask workers died ({error}); finished shards are kept, run it again") from error

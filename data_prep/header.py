@@ -1,6 +1,6 @@
 """What the header says of a mammogram: the few facts we need, or the reason why the file is not for us.
 
-Nothing leaves this module but the fields of `Header`. The four original ids among them are hashed before they
+Nothing leaves this module but the fields of `Header`. The original ids among them are hashed before they
 are written anywhere (shards.py); everything else in a DICOM header (names, dates, free text) is never kept.
 Sources: DICOM PS3.3 (C.8.11 mammography, C.8.31 tomosynthesis functional groups), PS3.16 CID 4014 and 4015.
 """
@@ -8,14 +8,16 @@ Sources: DICOM PS3.3 (C.8.11 mammography, C.8.31 tomosynthesis functional groups
 import itertools
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pydicom
 from pydicom.multival import MultiValue
 from pydicom.uid import UID, ImplicitVRLittleEndian
 
-MAX_SIDE, MAX_FRAMES = 20_000, 400  # larger claims are corrupt headers, not detectors
+from data_prep import vendors
+
+MAX_SIDE, MAX_PIXELS, MAX_FRAMES = 20_000, 100_000_000, 400  # larger claims are corrupt headers
 VIEWS = ("CC", "MLO", "ML", "LM", "LMO", "XCCL", "XCCM", "FB", "SIO", "ISO", "AT")
 
 _FOR_PROCESSING = "1.2.840.10008.5.1.4.1.1.1.2.1"
@@ -47,16 +49,18 @@ _SYNTHETIC = re.compile(r"C-?VIEW|SYNTH\w* ?2D|\bS-?2D|INTELLIGENT 2D|INSIGHT 2D
 class Reject(Exception):
     """A file that yields no record. `detail` is a sentence, `code` one of:
 
-    File: not_dicom, unreadable, truncated, too_large, decode_error, unsupported_syntax, highbit,
-    not_monochrome.
-    Object: unsupported_class, secondary_capture, hologic_sco, projection, spot_mag, specimen, qc (also by its
-    pixels: no tissue structure), for_processing (a FOR PRESENTATION sibling exists), duplicate, no_spacing.
+    File: missing (listed in a table, not there), not_dicom, unreadable, truncated, too_large, decode_error,
+    unsupported_syntax, highbit, not_monochrome.
+    Object: unsupported_class, secondary_capture, hologic_sco, projection, spot_mag, specimen, burned_in, qc
+    (also by its pixels: no tissue structure), for_processing (a FOR PRESENTATION sibling exists), duplicate,
+    no_spacing.
     Pixels: empty_tissue, tissue_fraction, low_contrast. failed: an error of ours, to be reported.
     """
 
-    def __init__(self, code: str, detail: str = ""):
-        super().__init__(code, detail)  # both in args, so that the pair survives pickling between processes
-        self.code, self.detail = code, detail
+    def __init__(self, code: str, detail: str = "", member: int | None = None):
+        # All in args, so that they survive pickling between processes.
+        super().__init__(code, detail, member)
+        self.code, self.detail, self.member = code, detail, member  # member: which file of a volume
 
     def __str__(self) -> str:
         return f"{self.code}: {self.detail}" if self.detail else self.code
@@ -71,6 +75,7 @@ class Header:
     columns: int
     frames: tuple[int, ...] = (0,)  # frame numbers of the file in slice order
     positions_mm: tuple[float | None, ...] = (None,)  # along the slice normal, in the order of `frames`
+    places: tuple[int, ...] = ()  # a volume of one file a slice: which file each slice is in; else empty
     laterality: str | None = None
     view: str | None = None
     view_modifier: str | None = None
@@ -90,13 +95,17 @@ class Header:
     signed: bool = False
     inverted: bool = False  # MONOCHROME1
     for_processing: bool = False
+    exposure_log: bool = False  # FOR PROCESSING: the logarithm has been taken already
+    exposure_sign: int = 1  # FOR PROCESSING: 1: greater values are more exposure, -1: less
     slope: float = 1.0
     intercept: float = 0.0
     padding: tuple[int, int] | None = None
-    voi: dict = field(default_factory=dict)  # centre, width, function, or lut with its first value and bits
+    voi: tuple[dict, ...] = ()  # LUTs first, then windows: lut, first, bits; or centre, width, function
     patient: str = ""  # original ids
     study: str = ""
+    series: str = ""
     instance: str = ""
+    number: int = 0  # InstanceNumber: orders slices that have no position
 
     @property
     def offset(self) -> int:
@@ -109,8 +118,8 @@ class Header:
         return self.inverted != (self.slope < 0)
 
 
-def read_header(ds: pydicom.Dataset) -> Header:
-    """Turn a DICOM data set into a `Header`.
+def read_header(ds: pydicom.Dataset, vendor_table: str = "") -> Header:
+    """Turn a DICOM data set into a `Header`; `vendor_table` is the text of --vendors.
 
     Raises:
       Reject: the object is no mammogram that we can use; the code says why.
@@ -120,7 +129,7 @@ def read_header(ds: pydicom.Dataset) -> Header:
     if not rows or not columns:
         raise Reject("truncated", "no Rows or Columns")
     count = max(count, 1)  # 0 and absent both mean one frame
-    if max(rows, columns) > MAX_SIDE or count > MAX_FRAMES:
+    if max(rows, columns) > MAX_SIDE or rows * columns > MAX_PIXELS or count > MAX_FRAMES:
         raise Reject("too_large", f"{count} frames of {rows} x {columns}")
     photometric = _text(ds, "PhotometricInterpretation")
     if photometric not in ("MONOCHROME1", "MONOCHROME2") or int(_number(ds, "SamplesPerPixel") or 1) != 1:
@@ -138,21 +147,47 @@ def read_header(ds: pydicom.Dataset) -> Header:
     )
     transform = _group(ds, "PixelValueTransformationSequence")  # tomosynthesis; elsewhere `ds` itself
     intent = _text(ds, "PresentationIntentType")
+    laterality, view, conflicts = _side_and_view(ds)
+    flags += conflicts
+    texts = [str(ds.get(k) or "") for k in ("Manufacturer", "ManufacturerModelName", "SeriesDescription")]
+    vendor = vendors.look_up(*texts, vendor_table)
     syntax = getattr(getattr(ds, "file_meta", None), "TransferSyntaxUID", None) or ImplicitVRLittleEndian
     return Header(
         kind=kind, rows=rows, columns=columns, frames=frames, positions_mm=positions,
-        laterality=_laterality(ds), view=_view(ds), view_modifier=modifiers[0] if modifiers else None,
-        manufacturer=_label(ds, "Manufacturer"), model=_label(ds, "ManufacturerModelName"),
+        laterality=laterality, view=view, view_modifier=modifiers[0] if modifiers else None,
+        manufacturer=vendor["name"], model=vendor["model"],
         implant={"YES": True, "NO": False}.get(_text(ds, "BreastImplantPresent")),
         slice_mm=gap or spacing if kind == "dbt" else None, slab_mm=slab if kind == "dbt" else None,
-        pixel_mm=pixel_mm, pixel_mm_source=pixel_mm_source, flags=flags, chest_wall=_chest_wall(ds),
+        pixel_mm=pixel_mm, pixel_mm_source=pixel_mm_source, flags=flags,
+        chest_wall=_chest_wall(ds, laterality),
         syntax=str(syntax), bits_allocated=allocated, bits=bits, high_bit=high_bit, signed=signed,
-        inverted=photometric == "MONOCHROME1", slope=_number(transform, "RescaleSlope") or 1.0,
+        inverted=(photometric == "MONOCHROME1") != vendor["invert"],
+        slope=_number(transform, "RescaleSlope") or 1.0,
         for_processing=(intent or ds.get("SOPClassUID")) in ("FOR PROCESSING", _FOR_PROCESSING),
+        exposure_log=_text(ds, "PixelIntensityRelationship") == "LOG",
+        exposure_sign=-1 if _number(ds, "PixelIntensityRelationshipSign") == -1 else 1,
         intercept=_number(transform, "RescaleIntercept") or 0.0,
-        padding=_padding(ds, bits, signed), voi=_voi(ds),
+        padding=_padding(ds, bits, signed), voi=_voi(ds, vendor),
         patient=str(ds.get("PatientID") or ""), study=str(ds.get("StudyInstanceUID") or ""),
-        instance=str(ds.get("SOPInstanceUID") or ""),
+        series=str(ds.get("SeriesInstanceUID") or ""), instance=str(ds.get("SOPInstanceUID") or ""),
+        number=int(_number(ds, "InstanceNumber") or 0),
+    )  # fmt: skip
+
+
+def stack_headers(headers: list[Header]) -> Header:
+    """The header of a volume that lies in one file a slice: slices by position, else by InstanceNumber.
+
+    `places[i]` of the result is the place of slice i's file in `headers`.
+    """
+    depths = [h.positions_mm[0] for h in headers]
+    known = None not in depths and len(set(depths)) == len(depths)
+    order = sorted(range(len(headers)), key=lambda i: depths[i] if known else headers[i].number)
+    positions = tuple(depths[i] if known else None for i in order)
+    gap = _median_gap(positions) if known else None
+    frames, flags = (0,) * len(headers), tuple({flag: None for h in headers for flag in h.flags})
+    return replace(
+        headers[order[0]], frames=frames, places=tuple(order), positions_mm=positions, flags=flags,
+        slice_mm=gap or headers[0].slice_mm,
     )  # fmt: skip
 
 
@@ -173,6 +208,8 @@ def _kind(ds) -> str:
             raise Reject("hologic_sco", f"proprietary Hologic container; {how}")
         if not breast:
             raise Reject("secondary_capture", f"modality {modality or 'unknown'}")
+        if "TOMO" in image_type and "GENERATED_2D" not in image_type:
+            return "dbt"  # one slice a file, as older archives export volumes
         return "film"  # digitised films are stored as secondary captures
     if sop == _CT:
         if "TOMO" in image_type or "TOMO" in description:
@@ -188,7 +225,7 @@ def _kind(ds) -> str:
 def _flags_or_reject(ds, modifiers: list[str]) -> tuple[str, ...]:
     if _text(ds, "QualityControlImage") == "YES":
         raise Reject("qc", "QualityControlImage is YES")
-    if _view(ds) == "SPECIMEN":
+    if "SPECIMEN" in _views(ds)[:1]:
         raise Reject("specimen", "specimen radiograph")
     magnification = _number(ds, "EstimatedRadiographicMagnificationFactor") or 1.0
     enlarged = [name for name in modifiers if name in ("spot", "magnification")]
@@ -198,6 +235,7 @@ def _flags_or_reject(ds, modifiers: list[str]) -> tuple[str, ...]:
         "stereo": "STEREO" in _text(ds, "ImageType"),  # biopsy guidance: nothing else tells it from screening
         "implant": _text(ds, "BreastImplantPresent") == "YES" or "implant_displaced" in modifiers,
         "lossy": _text(ds, "LossyImageCompression") == "01",
+        "burned_in": _text(ds, "BurnedInAnnotation") == "YES",
     }
     return tuple(name for name, present in flags.items() if present)
 
@@ -224,8 +262,12 @@ def _slice_order(ds, count: int) -> tuple[tuple[int, ...], tuple[float | None, .
     depth = np.asarray(places) @ np.cross(axes[:3], axes[3:])
     order = np.argsort(depth, kind="stable").tolist()
     positions = tuple(round(float(depth[i]), 4) for i in order)
+    return tuple(order), positions, _median_gap(positions)
+
+
+def _median_gap(positions: tuple[float, ...]) -> float | None:
     gaps = sorted(b - a for a, b in itertools.pairwise(positions))
-    return tuple(order), positions, round(gaps[len(gaps) // 2], 4) or None if gaps else None
+    return round(gaps[len(gaps) // 2], 4) or None if gaps else None
 
 
 def _spacing(ds, measures) -> tuple[float | None, str | None]:
@@ -252,44 +294,67 @@ def _padding(ds, bits: int, signed: bool) -> tuple[int, int] | None:
     return min(ends), max(ends)
 
 
-def _voi(ds) -> dict:
-    """The first window or VOI LUT of the header; empty where it has none that is valid."""
-    lut = _first(ds, "VOILUTSequence")
-    if lut is not ds and lut.get("LUTDescriptor") and lut.get("LUTData"):
-        count, first, bits = (int(v) for v in lut.LUTDescriptor)
-        data = lut.LUTData
-        if isinstance(data, bytes):
-            data = np.frombuffer(data[: len(data) // 2 * 2], "<u2").tolist()
-        if len(data) >= (count or 65536):
-            return {"lut": [int(v) for v in data], "first": first, "bits": bits}
+def _voi(ds, vendor: dict) -> tuple[dict, ...]:
+    """The VOI LUTs and then the windows of the header, in its order, without invalid ones. A window or a
+    number that the table of vendors gives goes first."""
+    if vendor["window"]:
+        return ({"centre": vendor["window"][0], "width": vendor["window"][1], "function": "LINEAR"},)
+    found = []
+    for lut in ds.get("VOILUTSequence") or []:
+        if lut.get("LUTDescriptor") and lut.get("LUTData"):
+            count, first, bits = (int(v) for v in lut.LUTDescriptor)
+            data = lut.LUTData
+            if isinstance(data, bytes):
+                data = np.frombuffer(data[: len(data) // 2 * 2], "<u2").tolist()
+            if len(data) >= (count or 65536) and 8 <= bits <= 16:
+                values = [int(v) for v in data[: count or 65536]]
+                found.append({"lut": values, "first": first, "bits": bits})
     group = _group(ds, "FrameVOILUTSequence")
     centres, widths = _numbers(group, "WindowCenter"), _numbers(group, "WindowWidth")
-    if not centres or len(centres) != len(widths) or widths[0] <= 0:
-        return {}
-    return {"centre": centres[0], "width": widths[0], "function": _text(group, "VOILUTFunction") or "LINEAR"}
+    if len(centres) == len(widths):  # else it cannot be known which belong together
+        function = _text(group, "VOILUTFunction") or "LINEAR"
+        least = 1 if function == "LINEAR" else 0  # PS3.3 C.11.2.1.2: a LINEAR width of 1 is a step
+        for centre, width in zip(centres, widths, strict=True):
+            if width > 0 and width >= least:
+                found.append({"centre": centre, "width": width, "function": function})
+    preferred = vendor["voi_index"] or 0
+    return tuple(found[preferred : preferred + 1] + found[:preferred] + found[preferred + 1 :])
 
 
-def _laterality(ds) -> str | None:
+def _side_and_view(ds) -> tuple[str | None, str | None, tuple[str, ...]]:
+    """Laterality and view by the most reliable source that has them, and the flags of sources that
+    disagree."""
+    sides, views = _lateralities(ds), _views(ds)
+    conflicts = {"laterality_conflict": len(set(sides)) > 1, "view_conflict": len(set(views)) > 1}
+    flags = tuple(name for name, present in conflicts.items() if present)
+    return next(iter(sides), None), next(iter(views), None), flags
+
+
+def _lateralities(ds) -> list[str]:
+    """What tags, functional groups, ViewPosition and description say, most reliable first."""
     frame = _group(ds, "FrameAnatomySequence")
-    for text in (_text(ds, "ImageLaterality"), _text(frame, "FrameLaterality"), _text(ds, "Laterality")):
-        if text in ("L", "R"):
-            return text
-    words = f"{_text(ds, 'ViewPosition')} {_text(ds, 'SeriesDescription')}"
-    sides = re.findall(r"\b(L(?:EFT)?|R(?:IGHT)?)(?=\b|[ -]?(?:CC|MLO|ML|LM|XCC))", words)
-    return sides[0][0] if len({side[0] for side in sides}) == 1 else None
+    tags = (_text(ds, "ImageLaterality"), _text(frame, "FrameLaterality"), _text(ds, "Laterality"))
+    found = [text for text in tags if text in ("L", "R")]
+    for keyword in ("ViewPosition", "SeriesDescription"):
+        sides = re.findall(r"\b(L(?:EFT)?|R(?:IGHT)?)(?=\b|[ -]?(?:CC|MLO|ML|LM|XCC))", _text(ds, keyword))
+        if len({side[0] for side in sides}) == 1:
+            found.append(sides[0][0])
+    return found
 
 
-def _view(ds) -> str | None:
+def _views(ds) -> list[str]:
+    """What ViewPosition, the view code and the free texts say, most reliable first."""
     position = _text(ds, "ViewPosition")
-    if position in (*VIEWS, "SPECIMEN"):
-        return position
+    found = [position] if position in (*VIEWS, "SPECIMEN") else []
     code = _text(_first(ds, "ViewCodeSequence"), "CodeValue")
     if code in _VIEW_CODES:
-        return _VIEW_CODES[code]
+        found.append(_VIEW_CODES[code])
     # Some converted films carry the view in PatientOrientation; others only in the description.
-    words = f"{_text(ds, 'PatientOrientation')} {position} {_text(ds, 'SeriesDescription')}"
-    found = re.search(rf"(?<![A-Z])[LR]?({'|'.join(VIEWS)})(?![A-Z])", words)
-    return found and found[1]
+    for text in (_text(ds, "PatientOrientation"), position, _text(ds, "SeriesDescription")):
+        words = re.findall(rf"(?<![A-Z])[LR]?({'|'.join(VIEWS)})(?![A-Z])", text)
+        if len(set(words)) == 1:
+            found.append(words[0])
+    return found
 
 
 def _view_modifiers(ds) -> list[str]:
@@ -297,13 +362,13 @@ def _view_modifiers(ds) -> list[str]:
     return [_MODIFIER_CODES[v] for v in (_text(code, "CodeValue") for code in codes) if v in _MODIFIER_CODES]
 
 
-def _chest_wall(ds) -> str | None:
+def _chest_wall(ds, laterality: str | None) -> str | None:
     """The side of the chest wall: from PatientOrientation (rows, columns point to A or P), else from the
     side."""
     ends = [str(value)[:1].upper() for value in _values(ds, "PatientOrientation")]
     along_row, along_column = ends if len(ends) == 2 else ("", "")
     said = {"A": "left", "P": "right"}.get(along_row) or {"A": "top", "P": "bottom"}.get(along_column)
-    return said or {"L": "left", "R": "right"}.get(_laterality(ds))
+    return said or {"L": "left", "R": "right"}.get(laterality)
 
 
 def _group(ds, sequence: str):
@@ -328,10 +393,6 @@ def _values(ds, keyword: str) -> list:
 
 def _text(ds, keyword: str) -> str:
     return "\\".join(str(value).strip().upper() for value in _values(ds, keyword))
-
-
-def _label(ds, keyword: str) -> str | None:
-    return str(ds.get(keyword) or "").strip()[:64] or None
 
 
 def _numbers(ds, keyword: str) -> list[float]:

@@ -13,12 +13,13 @@ from pathlib import Path
 from mammodino_jax.errors import UserError
 
 
-def load_key(given: str | None, output: Path) -> bytes:
+def load_key(given: str | None, output: Path, make: bool = True) -> bytes:
     """Read the key; make it (mode 600) where there is none.
 
     Args:
       given: the file of --key; else MAMMODINO_KEY_FILE, else ~/.config/mammodino/key.
       output: the folder that will be shared.
+      make: False: without a key file, for a dry run, use an empty key.
 
     Raises:
       UserError: the key would lie inside `output`, is too short, or cannot be written.
@@ -29,6 +30,8 @@ def load_key(given: str | None, output: Path) -> bytes:
             f"key file {path} lies in the output folder, which is shared with others; choose another place"
         )
     try:
+        if not path.exists() and not make:
+            return b""
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

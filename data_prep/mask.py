@@ -2,19 +2,25 @@
 
 All recipes work on a thumbnail of at most 1024 pixels long side, in display order (denser is greater), and
 end with 9x9 closing and opening (the paper's) and one filled component. `robust` is ours and the default,
-`percentile` is the paper's, `none` takes the whole frame.
+`percentile` is the paper's, `none` takes the whole frame. Labels that touch the skin are taken out by their
+sharp edges; markers and implants inside are found, so that they do not set the window. The pectoral muscle
+stays, as in the paper.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
 
 THUMBNAIL = 1024  # px; fixed, so that a mask does not depend on the record's size
-PAPER_PERCENTILE = 60.0  # the paper does not give its threshold
 MARGIN = 0.04  # of the grey range above the background: skin starts about there, film fog ends below
 NECK = 16  # px of the thumbnail: what hangs on the breast by a thinner bridge is a label or a film edge
 SPUR = 16  # px: how far thin protrusions that are real (the nipple) may stand out of the body
+MARK = 0.6  # of the range above the background: labels and markers are brighter
+SHARP = 0.4  # of a mark's height is left 2 to 6 px outside its edge: glands fade slowly, lead and ink do not
+PLATEAU = 0.97  # of the range: saturated, by a marker or an implant
+IMPLANT = 0.04  # of the tissue: a larger plateau is an implant, a smaller one a marker
 _KERNEL = np.ones((9, 9), np.uint8)
 
 
@@ -25,6 +31,8 @@ class Tissue:
     mask: np.ndarray  # bool [h, w]
     suspect: bool  # the mask should be looked at
     chest_wall: str | None  # left | right | None: unclear
+    foreign: np.ndarray  # bool [h, w], inside the mask: markers and implants, no tissue to window
+    marks: frozenset[str] = field(default_factory=frozenset)  # text_on_tissue, marker, implant
 
 
 def thumbnail(image: np.ndarray) -> np.ndarray:
@@ -35,23 +43,86 @@ def thumbnail(image: np.ndarray) -> np.ndarray:
     return image if scale >= 1 else cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
-def find_tissue(thumb: np.ndarray, padding: np.ndarray | None = None, recipe: str = "robust") -> Tissue:
+def find_tissue(
+    thumb: np.ndarray, padding: np.ndarray | None = None, recipe: str = "robust", tau: float = 60.0
+) -> Tissue:
     """Segment the breast on a thumbnail.
 
     Args:
       thumb: u16 [h, w], denser tissue is greater.
       padding: bool [h, w], pixels the header calls padding: never tissue, left out of all statistics.
       recipe: robust | percentile | none.
+      tau: of `percentile`: the percentile of all pixels above which they are tissue.
 
     Returns:
       Tissue; its mask is empty where nothing qualifies.
     """
     known = np.ones(thumb.shape, bool) if padding is None else ~padding
+    nothing = np.zeros(thumb.shape, bool)
     if recipe == "none":
-        return Tissue(np.ones(thumb.shape, bool), False, _chest_wall(known & (thumb > thumb.min())))
-    level = _threshold(thumb, known) if recipe == "robust" else np.percentile(thumb, PAPER_PERCENTILE)
-    mask = _body((thumb > level) & known, cut_necks=recipe == "robust")
-    return Tissue(mask, _suspect(mask, thumb, known), _chest_wall(mask))
+        return Tissue(~nothing, False, _chest_wall(known & (thumb > thumb.min())), nothing)
+    robust = recipe == "robust"
+    level = _threshold(thumb, known) if robust else np.percentile(thumb, tau)
+    above = (thumb > level) & known
+    mask = _body(above, cut_necks=robust)
+    foreign, marks = nothing, set()
+    if robust and mask.any():
+        for mark, place, at_skin in _sharp_marks(thumb, known, level):
+            if not (mark & mask[place]).any():
+                continue
+            if at_skin:
+                above[place] &= ~mark
+            else:
+                foreign[place] |= mark
+            marks.add("text_on_tissue" if at_skin else "marker")
+        if "text_on_tissue" in marks:
+            mask = _body(above, cut_necks=True)
+        marks |= _add_plateaus(foreign, thumb, mask, level)
+    return Tissue(mask, _suspect(mask, thumb, known), _chest_wall(mask), foreign & mask, frozenset(marks))
+
+
+def _sharp_marks(thumb: np.ndarray, known: np.ndarray, level: float) -> Iterator[tuple]:
+    """Labels, letters and metal: bright components with sharp edges. Yields (bool [h, w] of the mark, filled
+    and 5 px wider; its place in the thumbnail as slices; whether it lies at the skin or beside it, not in
+    the breast)."""
+    top = float(np.percentile(thumb[known], 99.95))
+    bright = ((thumb >= level + MARK * (top - level)) & known).astype(np.uint8)
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(bright, connectivity=8)
+    for i in range(1, count):
+        x, y, width, height, area = stats[i]
+        # One-pixel lines are film edges; what is large is a breast.
+        if area < 60 or min(width, height) < 4 or area > 0.03 * thumb.size:
+            continue
+        place = slice(max(0, y - 8), y + height + 8), slice(max(0, x - 8), x + width + 8)
+        mark = (labels[place] == i).astype(np.uint8)
+        filled = cv2.drawContours(np.zeros_like(mark), _outline(mark), -1, 1, cv2.FILLED)
+        near, far = (cv2.dilate(filled, _disc(radius)) > 0 for radius in (2, 6))
+        ring = far & ~near & known[place]
+        if ring.any():
+            height = np.median(thumb[place][mark > 0]) - level
+            around = thumb[place][ring] - level
+            if np.median(around) < SHARP * height:
+                yield cv2.dilate(filled, _disc(5)) > 0, place, (around < 0.2 * height).mean() > 0.3
+
+
+def _add_plateaus(foreign: np.ndarray, thumb: np.ndarray, mask: np.ndarray, level: float) -> set[str]:
+    """Add saturated flat areas of the mask to `foreign`; returns what they are."""
+    top = float(thumb.max())
+    values = thumb.astype(np.float32)
+    flat = cv2.absdiff(cv2.dilate(values, np.ones((3, 3))), cv2.erode(values, np.ones((3, 3))))
+    plateau = mask & (values >= level + PLATEAU * (top - level)) & (flat <= 0.004 * (top - level))
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(plateau.astype(np.uint8), connectivity=8)
+    found = set()
+    for i in range(1, count):
+        area = stats[i, cv2.CC_STAT_AREA]
+        if area >= 40:  # smaller ones may be calcifications
+            foreign |= labels == i
+            found.add("implant" if area > IMPLANT * mask.sum() else "marker")
+    return found
+
+
+def _disc(radius: int) -> np.ndarray:
+    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
 
 
 def _threshold(thumb: np.ndarray, known: np.ndarray) -> float:
@@ -140,8 +211,9 @@ def _chest_wall(mask: np.ndarray) -> str | None:
 
 
 def _suspect(mask: np.ndarray, thumb: np.ndarray, known: np.ndarray) -> bool:
-    """True where the mask's area or outline is unlike a breast, or a second recipe (0.2 x Otsu) disagrees."""
-    if not 0.02 <= mask.mean() <= 0.95:
+    """True where the mask's area, outline or contact with the frame's sides is unlike a breast, or a second
+    recipe (0.2 x Otsu) disagrees."""
+    if not 0.02 <= mask.mean() <= 0.95 or min(mask[:, :2].mean(), mask[:, -2:].mean()) > 0.6:
         return True
     if mask.sum() < 0.75 * cv2.contourArea(cv2.convexHull(np.concatenate(_outline(mask)))):
         return True

@@ -1,6 +1,7 @@
 """Finished shards -> data set: index, findings, labels, metadata, and prep.json last."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -25,26 +26,35 @@ def is_ours(name: str) -> bool:
     return name.removesuffix(".tmp") in _FILES or name.startswith(f"{records.NAME}-")
 
 
-def index_rows(shards: dict[Path, dict], planned: dict[int, Planned]) -> list[dict]:
-    """Index rows of all shards in record order, with labels and marked duplicates."""
-    first_with, rows = {}, []
-    for row in (row for shard in shards.values() for row in shard["rows"]):
+def index_rows(rows: list[dict], planned: dict[int, Planned], earlier: dict[str, str]) -> list[dict]:
+    """Index rows in record order, with labels and marked duplicates.
+
+    Args:
+      rows: rows of all shards.
+      planned: by number of input.
+      earlier: {pixel_hash: image_id} of earlier deliveries.
+    """
+    first_with, out = {}, []
+    for row in rows:
         first = first_with.setdefault(row["pixel_hash"], row)
         # Slices of one volume may be equal (blank ends); a volume stays whole.
         other = first is not row and (row["volume_id"] is None or row["volume_id"] != first["volume_id"])
-        duplicate_of = {"duplicate_of": first["image_id"] if other else None}
-        rows.append(row | duplicate_of | planned[row["number"]].row.labels)
-    return rows
+        same = first["image_id"] if other else earlier.get(row["pixel_hash"])
+        out.append(row | {"duplicate_of": same} | planned[row["number"]].row.labels)
+    return out
 
 
-def manifest(index: list[dict], rows: list[Row]) -> list[dict]:
-    """A line a file that became records: number, path, decoder, image ids."""
+def manifest(index: list[dict], files: list[dict], rows: list[Row]) -> list[dict]:
+    """A line a file that became records: number, path, checksum, decoder, warnings, and its records."""
     lines = {}
-    for row in sorted(index, key=lambda row: row["number"]):
-        number = row["number"]
-        line = {"number": number, "path": str(rows[number].path), "decoder": row["decoder"], "image_ids": []}
-        lines.setdefault(number, line)["image_ids"].append(row["image_id"])
-    return list(lines.values())
+    for f in files:
+        path = str(rows[f["number"]].path)
+        lines[f["number"]] = f | {"path": path, "image_ids": [], "frames": []}
+    for row in index:
+        lines[row["number"]]["image_ids"].append(row["image_id"])
+        lines[row["number"]]["frames"].append(row["source_frame"])
+        lines[row["number"]]["source"] = {name: row[name] for name in ("source_height", "source_width")}
+    return [lines[number] for number in sorted(lines)]
 
 
 def findings_rows(index: list[dict], planned: dict[int, Planned]) -> list[dict]:
@@ -54,12 +64,22 @@ def findings_rows(index: list[dict], planned: dict[int, Planned]) -> list[dict]:
         by_file.setdefault(row["number"], []).append(row)
     for number, rows in by_file.items():
         for finding in planned[number].row.findings:
-            own = [r for r in rows if r["volume_id"] is None or r["source_frame"] == finding["slice_index"]]
+            own = [r for r in rows if len(rows) == 1 or r["source_frame"] == finding["slice_index"]]
             row = (own or rows)[0]
+            finding = _in_source(finding, row) if planned[number].row.upright else finding
             ids = {"image_id": row["image_id"] if own else None, "volume_id": row["volume_id"]}
             slice_index = row["slice_index"] if own else None
             out.append(finding | ids | {"slice_index": slice_index} | _record_box(finding, row))
     return out
+
+
+def _in_source(finding: dict, row: dict) -> dict:
+    """A finding given in the upright image, in the pixels of the file."""
+    if "upside_down" not in row["flags"] or finding["y0"] is None:
+        return finding
+    height, width = row["source_height"], row["source_width"]
+    y0, x0, y1, x1 = (finding[name] for name in _CORNERS)
+    return finding | {"y0": height - y1, "x0": width - x1, "y1": height - y0, "x1": width - x0}
 
 
 def _record_box(finding: dict, row: dict) -> dict:
@@ -72,36 +92,53 @@ def _record_box(finding: dict, row: dict) -> dict:
     x0, x1 = ((finding[name] - row["box_x0"]) * scale_x for name in ("x0", "x1"))
     if row["flipped"]:
         x0, x1 = row["width"] - x1, row["width"] - x0
+    if "upside_down" in row["flags"]:
+        y0, y1 = row["height"] - y1, row["height"] - y0
     return {"record_y0": y0, "record_x0": x0, "record_y1": y1, "record_x1": x1}
 
 
-def finish(
-    output: Path, shards: dict, index: list[dict], planned: dict[int, Planned], listing: Listing, prep: dict
-) -> None:
-    """Move the shards in and write everything beside them; prep.json last, so that it means complete."""
+def finish(output: Path, parts: dict[Path, list[dict]], index: list[dict], planned: dict[int, Planned],
+           listing: Listing, prep: dict) -> None:  # fmt: skip
+    """Put the shards in place and write everything beside them; prep.json last, so that it means complete.
+
+    `parts`: the rows of each shard."""
     output.mkdir(parents=True, exist_ok=True)
     for old in output.iterdir():
         old.unlink()  # left by an interrupted merge; foreign files were refused before
-    _write_metadata(output, _move_shards(output, shards))
+    _write_metadata(output, _place_shards(output, parts))
+    write_tables(output, index, planned, listing, prep)
+
+
+def write_tables(
+    output: Path, index: list[dict], planned: dict[int, Planned], listing: Listing, prep: dict
+) -> None:
+    """Write index, findings, labels and prep.json, each under another name first."""
     label_names = sorted({name for p in planned.values() for name in p.row.labels})
     schema = pa.schema([*records.INDEX, *(pa.field(name, pa.int8()) for name in label_names)])
-    pq.write_table(pa.Table.from_pylist(index, schema), output / "index.parquet")
-    findings = pa.Table.from_pylist(findings_rows(index, planned), records.FINDINGS)
-    pq.write_table(findings, output / "findings.parquet")
+    findings = findings_rows(index, planned)
+    for name, rows, columns in (("index", index, schema), ("findings", findings, records.FINDINGS)):
+        temporary = output / f"{name}.parquet.tmp"
+        pq.write_table(pa.Table.from_pylist(rows, columns), temporary)
+        temporary.replace(output / f"{name}.parquet")
     unknown = {"classes": None, "rule": "as given in labels.csv", "level": "image"}
     _write_json(output / "labels.json", {name: listing.labels.get(name, unknown) for name in label_names})
     _write_json(output / "prep.json", prep)
 
 
-def _move_shards(output: Path, shards: dict[Path, dict]) -> dict[str, list[int]]:
-    """Give the shards their final names, leaving out empty ones; returns the records of each by split."""
+def _place_shards(output: Path, parts: dict[Path, list[dict]]) -> dict[str, list[int]]:
+    """Give the shards their final names, leaving out empty ones; returns the records of each by split. They
+    stay under their old names too until the end, for a merge that is interrupted."""
     lengths = {}
     for split in records.SPLITS:
-        filled = [part for part, s in shards.items() if s["rows"] and s["rows"][0]["split"] == split]
+        filled = [part for part, rows in parts.items() if rows and rows[0]["split"] == split]
         for number, part in enumerate(filled):
-            shutil.move(f"{part}.array_record", output / records.shard_name(split, number, len(filled)))
+            target = output / records.shard_name(split, number, len(filled))
+            try:
+                os.link(f"{part}.array_record", target)
+            except OSError:  # a file system without links
+                shutil.copyfile(f"{part}.array_record", target)
         if filled:
-            lengths[split] = [len(shards[part]["rows"]) for part in filled]
+            lengths[split] = [len(parts[part]) for part in filled]
     return lengths
 
 

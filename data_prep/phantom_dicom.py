@@ -90,7 +90,7 @@ def _image_tags(shape: tuple[int, int], patient, laterality: str, view: str, mm:
     return padding | RESCALE | {
         "SOPClassUID": uids.DigitalMammographyXRayImageStorageForPresentation, "ViewPosition": view,
         "ImageType": ["DERIVED", "PRIMARY"], "PresentationIntentType": "FOR PRESENTATION",
-        "PhotometricInterpretation": patient.vendor.photometric, "BurnedInAnnotation": "YES",
+        "PhotometricInterpretation": patient.vendor.photometric, "BurnedInAnnotation": "NO",
         "PresentationLUTShape": "INVERSE" if inverse else "IDENTITY", "ImageLaterality": laterality,
         "PatientOrientation": [away, medial if view == "CC" else "F" + medial], "DetectorType": "DIRECT",
         "PixelIntensityRelationship": "LOG", "PixelIntensityRelationshipSign": 1 if inverse else -1,

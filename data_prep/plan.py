@@ -2,11 +2,11 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from data_prep.header import Header, Reject
+from data_prep.header import Header, Reject, stack_headers
 from mammodino_jax.data.records import SPLITS
 from mammodino_jax.errors import UserError
 
@@ -19,26 +19,49 @@ DRAWN_PATIENTS = 100
 @dataclass
 class Row:
     """One file as its source lists it. Ids are the data set's own; they are hashed before anything is
-    written."""
+    written. What is None is taken from the header, or stays unknown."""
 
     path: Path
     name: str  # the data set's own name of the file: relative path
     patient: str | None = None  # None: from the header, else the file itself
     study: str | None = None
-    laterality: str | None = None
+    laterality: str | None = None  # L | R
     view: str | None = None
-    split: str | None = None
-    labels: dict[str, int | None] = field(default_factory=dict)
-    findings: list[dict] = field(default_factory=list)
+    split: str | None = None  # train | val | test; trainval: not test, val is cut off by the seed
+    kind: str | None = None  # records.KINDS, where the table knows better than the header
+    site: str | None = None
+    manufacturer: str | None = None
+    model: str | None = None
+    implant: bool | None = None
+    pixel_mm: float | None = None  # of the file's pixels
+    flags: tuple[str, ...] = ()
+    reject: tuple[str, str] | None = None  # (code, detail): the tables rule the file out
+    # The stored orientation is unreliable, `laterality` is the truth: where the pixels show the chest wall on
+    # the other side the image is turned by 180 degrees. Findings are given in the turned image.
+    upright: bool = False
+    labels: dict[str, int | None] = field(default_factory=dict)  # label_<name>; None: unknown
+    findings: list[dict] = field(default_factory=list)  # `finding(...)`
+
+
+def finding(category: str | None = None, birads: str | None = None, pathology: str | None = None,
+            shape: str | None = None, box: tuple[float, float, float, float] | None = None,
+            slice_index: int | None = None) -> dict:  # fmt: skip
+    """A finding of a file. `shape`: box | circle | mask; `box`: (y0, x0, y1, x1) in the file's pixels, end
+    exclusive, None: place unknown; `slice_index`: frame number in the file, 0-based, None: unknown."""
+    corners = dict(zip(("y0", "x0", "y1", "x1"), map(float, box) if box else (None,) * 4, strict=True))
+    kinds = {"category": category, "birads": birads, "pathology": pathology}
+    return kinds | {"shape": shape if box else None, **corners, "slice_index": slice_index}
 
 
 @dataclass
 class Listing:
-    """All files of a source, what its labels mean (labels.json), and the terms under which it may be used."""
+    """All files of a source, what its labels mean (labels.json: {label_<name>: {"classes": [...], "rule": "",
+    "level": image | breast | exam}}), and the terms under which it may be used."""
 
     rows: list[Row]
     labels: dict[str, dict] = field(default_factory=dict)
     terms: str = ""
+    no_release: bool = False  # the terms forbid publishing weights or embeddings made from it
 
 
 @dataclass
@@ -52,6 +75,8 @@ class Planned:
     study: str
     image: str
     split: str = ""
+    members: list["Planned"] = field(default_factory=list)  # the files of a volume that has one a slice
+    spares: list["Planned"] = field(default_factory=list)  # tried in this order where this one is unreadable
 
     @property
     def laterality(self) -> str | None:
@@ -67,7 +92,23 @@ class Planned:
         return self.patient, self.study, self.laterality, self.view
 
 
+def with_table(header: Header, row: Row | None) -> Header:
+    """The header with what the table knows better."""
+    if row is None:
+        return header
+    known = {"manufacturer": row.manufacturer, "model": row.model, "implant": row.implant}
+    if row.kind and len(header.frames) == 1:
+        known["kind"] = row.kind
+    if row.pixel_mm:
+        known |= {"pixel_mm": row.pixel_mm, "pixel_mm_source": "table"}
+    flags = header.flags + tuple(flag for flag in row.flags if flag not in header.flags)
+    if row.implant and "implant" not in flags:
+        flags += ("implant",)
+    return replace(header, flags=flags, **{k: v for k, v in known.items() if v is not None})
+
+
 def identify(number: int, row: Row, header: Header) -> Planned:
+    header = with_table(header, row)
     patient = row.patient or header.patient or header.study or row.name.rsplit(".", 1)[0]
     study = row.study or header.study or patient
     return Planned(number, row, header, patient, study, header.instance or row.name)
@@ -78,49 +119,107 @@ def reject_line(number: int, row: Row, reject: Reject) -> dict:
     return {"number": number, "path": str(row.path), "code": reject.code, "detail": reject.detail}
 
 
-def drop_repeats(planned: list[Planned]) -> tuple[list[Planned], list[dict]]:
+def drop_repeats(planned: list[Planned], keep_raw: bool = False) -> tuple[list[Planned], list[dict]]:
     """Settle what the header scan can settle: equal SOP instances, and FOR PROCESSING images with a sibling.
+    What is dropped becomes a spare of what stays.
+
+    Args:
+      planned: the files.
+      keep_raw: FOR PROCESSING images stay beside their siblings.
 
     Returns:
       The files to keep, and the lines of rejects.jsonl for the others.
     """
-    shown = {p.exposure for p in planned if not p.header.for_processing and p.header.syntax}
-    whole: dict[
-        str, Planned
-    ] = {}  # of equal instances the largest file: a truncated copy must not displace it
+    whole: dict[str, Planned] = {}  # of equal instances the largest file: the other may be cut off
     for p in planned:
         if p.image not in whole or p.row.path.stat().st_size > whole[p.image].row.path.stat().st_size:
             whole[p.image] = p
+    shown = {p.exposure: p for p in planned if not p.header.for_processing and whole[p.image] is p}
     kept, rejects = [], []
     for p in planned:
-        if p.header.for_processing and p.exposure in shown:
-            reject = Reject("for_processing", "its FOR PRESENTATION image is among the inputs")
-        elif whole[p.image] is not p:
-            reject = Reject("duplicate", f"same SOP instance as input {whole[p.image].number}")
+        if whole[p.image] is not p:
+            other, code, what = whole[p.image], "duplicate", "same SOP instance as input {}"
+        elif p.header.for_processing and not keep_raw and p.exposure in shown:
+            other, code, what = shown[p.exposure], "for_processing", "its FOR PRESENTATION image is input {}"
         else:
             kept.append(p)
             continue
-        rejects.append(reject_line(p.number, p.row, reject))
+        other.spares.append(p)
+        rejects.append(reject_line(p.number, p.row, Reject(code, what.format(other.number))))
     return kept, rejects
 
 
-def assign_splits(planned: list[Planned], shares: tuple[float, float, float], seed: int) -> None:
-    """Set `split` of every file, a patient as a whole: as given, else from a hash of seed and original id.
+def group_slices(planned: list[Planned]) -> list[Planned]:
+    """Join tomosynthesis files of one frame into volumes: those of a series, side, view and pixel format.
+
+    The volume takes the place of its first file, whose row it also takes; labels are joined.
+    """
+    volumes: dict[tuple, list[Planned]] = {}
+    for p in planned:
+        h = p.header
+        if h.kind == "dbt" and len(h.frames) == 1 and h.series:
+            form = (h.rows, h.columns, h.bits, h.signed, h.inverted, h.slope, h.intercept, h.for_processing)
+            volumes.setdefault((p.patient, h.series, p.laterality, p.view, *form), []).append(p)
+    joined, inside = {}, set()
+    for (_, series, *rest), members in volumes.items():
+        if len(members) > 1:
+            labels = {}
+            for m in reversed(members):
+                labels |= {k: v for k, v in m.row.labels.items() if v is not None or k not in labels}
+            first = members[0]
+            name = f"{series}/{rest[0]}/{rest[1]}"
+            header = stack_headers([m.header for m in members])
+            row = replace(first.row, labels=labels)
+            joined[first.number] = replace(first, image=name, header=header, row=row, members=members)
+            inside |= {m.number for m in members}
+    return [joined.get(p.number, p) for p in planned if p.number in joined or p.number not in inside]
+
+
+def assign_splits(
+    planned: list[Planned],
+    shares: tuple[float, float, float],
+    seed: int,
+    before: Callable[[str], str | None] = lambda patient: None,
+) -> None:
+    """Set `split` of every file, a patient as a whole: that of an earlier delivery, else as the table says,
+    else from a hash of seed and original id.
 
     From 100 patients on each patient is drawn by itself, so it keeps its split in later deliveries. Fewer are
     ranked and cut, so that no split with a share is empty.
 
+    Args:
+      planned: the files.
+      shares: of train, val and test.
+      seed: of the hash.
+      before: the split of a patient (original id) in earlier deliveries.
+
     Raises:
       UserError: the table puts a patient into two splits.
     """
-    splits = {}
+    splits, no_test = {}, set()
     for p in planned:
-        if p.row.split and splits.setdefault(p.patient, p.row.split) != p.row.split:
+        if split := before(p.patient):
+            splits[p.patient] = split
+        elif p.row.split == "trainval":
+            no_test.add(p.patient)
+        elif p.row.split and splits.setdefault(p.patient, p.row.split) != p.row.split:
             raise UserError(
                 f"the patient of input {p.number} is in the splits {splits[p.patient]} and {p.row.split}; "
                 "a patient must be in one split"
             )
+    for patient in no_test & splits.keys():
+        if splits[patient] == "test":
+            raise UserError("the tables put one patient both into test and not into test")
     rest = {p.patient: _digest(seed, "split", p.patient) for p in planned if p.patient not in splits}
+    _draw({k: v for k, v in rest.items() if k not in no_test}, shares, splits)
+    learn = max(shares[0] + shares[1], 1e-9)
+    _draw({k: v for k, v in rest.items() if k in no_test}, (shares[0] / learn, shares[1] / learn, 0), splits)
+    for p in planned:
+        p.split = splits[p.patient]
+
+
+def _draw(rest: dict[str, bytes], shares: tuple[float, float, float], splits: dict[str, str]) -> None:
+    """Draw the splits of patients by their digests, into `splits`."""
     if len(rest) >= DRAWN_PATIENTS:
         places = {patient: int.from_bytes(digest[:8], "big") / 2**64 for patient, digest in rest.items()}
         cuts = shares[0], shares[0] + shares[1]
@@ -129,8 +228,6 @@ def assign_splits(planned: list[Planned], shares: tuple[float, float, float], se
         val, test = (max(round(share * len(rest)), int(share > 0 and len(rest) > 2)) for share in shares[1:])
         cuts = len(rest) - val - test, len(rest) - test
     splits |= {patient: SPLITS[(place >= cuts[0]) + (place >= cuts[1])] for patient, place in places.items()}
-    for p in planned:
-        p.split = splits[p.patient]
 
 
 def make_shards(planned: list[Planned], seed: int) -> dict[str, list[list[Planned]]]:

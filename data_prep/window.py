@@ -1,9 +1,9 @@
 """From stored pixel values to 8 bit through one integer look-up table.
 
-Rescale, window (tissue percentiles, or the header's own), MONOCHROME1 and the conversion to 8 bit are folded
-into 65,536 bytes, so that no image is ever held as floats and the result does not depend on an image's own
-maximum. Source: DICOM PS3.3 C.11.1 (modality LUT), C.11.2 (VOI LUT), C.7.6.3.1.2 (photometric
-interpretation).
+Rescale, window (tissue percentiles, the header's own, or the frame's minimum and maximum), MONOCHROME1 and
+the conversion to 8 bit are folded into 65,536 bytes, so that no image is ever held as floats and the result
+does not depend on an image's own maximum. Source: DICOM PS3.3 C.11.1 (modality LUT), C.11.2 (VOI LUT),
+C.7.6.3.1.2 (photometric interpretation).
 """
 
 import numpy as np
@@ -16,17 +16,20 @@ PERCENTILES = (0.5, 99.5)  # of the tissue: the header's windows cut off tissue 
 def display(stored: np.ndarray, header: Header) -> np.ndarray:
     """Order values so that denser tissue is greater: u16 to u16, monotone, padding becomes 0.
 
-    Masks are found on this. MONOCHROME1 and a negative rescale slope each reverse the order; FOR PROCESSING
-    pixels are exposure, so their negative logarithm is taken.
+    Masks are found on this. MONOCHROME1 and a negative rescale slope each reverse the order. FOR PROCESSING
+    pixels are exposure, of which the header says the direction and whether they are logarithms
+    (PixelIntensityRelationship, PS3.3 C.8.11.3.1.2); else their negative logarithm is taken.
     """
-    ordered = stored
+    top, ordered = (1 << header.bits) - 1, stored
     if header.for_processing:
-        scale = 65535 / np.log(65536.0)
-        ordered = (np.log(65536.0 / (stored.astype(np.float32) + 1)) * scale).astype(np.uint16)
-        if not header.inverted and header.slope < 0:
-            ordered = 65535 - ordered
+        exposure = stored if header.exposure_sign > 0 else np.maximum(top - stored.astype(np.int32), 0)
+        if header.exposure_log:
+            ordered = np.maximum(top - exposure.astype(np.int32), 0).astype(np.uint16)
+        else:
+            scale = 65535 / np.log(65536.0)
+            ordered = (np.log(65536.0 / (exposure.astype(np.float32) + 1)) * scale).astype(np.uint16)
     elif header.reversed:
-        ordered = ((1 << header.bits) - 1) - stored
+        ordered = top - stored
     padding = is_padding(stored, header)
     return ordered if padding is None else np.where(padding, np.uint16(0), ordered)
 
@@ -46,7 +49,7 @@ def tissue_percentiles(values: np.ndarray) -> tuple[int, int]:
     return low, max(high, low + 1)
 
 
-def percentile_table(header: Header, low: int, high: int) -> np.ndarray:
+def linear_table(header: Header, low: int, high: int) -> np.ndarray:
     """u8 [65536]: stored low..high to 1..255 for the display; FOR PROCESSING through the logarithm."""
     table = np.arange(65536)
     if header.for_processing:
@@ -57,11 +60,17 @@ def percentile_table(header: Header, low: int, high: int) -> np.ndarray:
     return np.clip(np.rint((table - start) * 254 / max(1, end - start)) + 1, 1, 255).astype(np.uint8)
 
 
-def tag_table(header: Header) -> np.ndarray | None:
-    """u8 [65536] from the header's first window or VOI LUT (PS3.3 C.11.2.1.2); None where it has none."""
-    voi = header.voi
-    if not voi or header.for_processing:
+def choose_voi(header: Header, index: int) -> dict | None:
+    """The header's VOI LUT or window number `index`: LUTs first, as pydicom prefers them, the last where it
+    has fewer. None where it has none, and for raw exposure, which no window was meant for."""
+    if not header.voi or header.for_processing:
         return None
+    return header.voi[min(index, len(header.voi) - 1)]
+
+
+def voi_curve(header: Header, voi: dict) -> np.ndarray:
+    """f64 [65536] in 0..1: display value of each stored value (as `Frames` gives them) through a VOI LUT or a
+    LINEAR, LINEAR_EXACT or SIGMOID window (PS3.3 C.11.2.1), inverted for MONOCHROME1."""
     x = rescaled(header, np.arange(65536))
     if "lut" in voi:
         lut = np.asarray(voi["lut"], np.float64)
@@ -73,7 +82,12 @@ def tag_table(header: Header) -> np.ndarray | None:
     else:
         y = (x - (voi["centre"] - 0.5)) / max(voi["width"] - 1, 1e-6) + 0.5
     y = np.clip(y, 0, 1)
-    return np.clip(np.rint((1 - y if header.inverted else y) * 255), 1, 255).astype(np.uint8)
+    return 1 - y if header.inverted else y
+
+
+def voi_table(header: Header, voi: dict) -> np.ndarray:
+    """u8 [65536], 1..255, of `voi_curve`."""
+    return np.clip(np.rint(voi_curve(header, voi) * 255), 1, 255).astype(np.uint8)
 
 
 def rescaled(header: Header, stored: int | np.ndarray) -> float | np.ndarray:
@@ -81,9 +95,8 @@ def rescaled(header: Header, stored: int | np.ndarray) -> float | np.ndarray:
     return header.slope * (stored - header.offset) + header.intercept
 
 
-def tag_limits(header: Header) -> tuple[float, float]:
-    """Ends of the header's window in rescaled units; those of the LUT's input range where it is a LUT."""
-    voi = header.voi
+def voi_limits(voi: dict) -> tuple[float, float]:
+    """Ends of a window in rescaled units; those of the LUT's input range where it is a LUT."""
     if "lut" in voi:
         return float(voi["first"]), float(voi["first"] + len(voi["lut"]) - 1)
     return voi["centre"] - voi["width"] / 2, voi["centre"] + voi["width"] / 2

@@ -21,18 +21,21 @@ def collect(data: DataConfig) -> dict:
     """Provenance of the sources of a training run, as JSON.
 
     Returns:
-      {"sources": [[folder, split, kinds, weight], ...], "terms": {data set: terms}, "salt": str,
-      "patients": [hash, ...], "pixels": [hash, ...]}, both sorted.
+      {"sources": [[folder, split, kinds, weight], ...], "terms": {data set: terms}, "no_release": [data
+      sets whose terms forbid publishing weights or embeddings], "salt": str, "patients": [hash, ...], "pixels": [hash, ...]}, both sorted.
     """
-    patients, pixels, terms = set(), set(), {}
+    patients, pixels, terms, no_release = set(), set(), {}, set()
     for folder, split, *_ in data.sources:
-        terms |= read_prep(folder).get("terms", {})
+        prep = read_prep(folder)
+        terms |= prep.get("terms", {})
+        no_release |= set(prep.get("no_release", []))
         _, table = open_split(folder, split, ["patient_id", "pixel_hash"])
         patients |= hashes(table["patient_id"].to_pylist())
         pixels |= hashes(table["pixel_hash"].to_pylist())
     sources = [[_text(field) for field in source] for source in data.sources]
     seen = {"patients": sorted(patients), "pixels": sorted(pixels)}
-    return {"sources": sources, "terms": terms, "salt": SALT, **seen}
+    about = {"sources": sources, "terms": terms, "no_release": sorted(no_release), "salt": SALT}
+    return about | seen
 
 
 def _text(value) -> str:

@@ -1,33 +1,43 @@
 """Any folder of mammograms, with optional tables at its root.
 
-labels.csv: `file` (path relative to the folder), `patient_id, study_id, laterality` (L|R)`, view, split`, and
-any `label_<name>` (whole number; blank is unknown). labels.json says what the labels mean. findings.csv:
-`file, category, birads, pathology, shape` (box|circle|mask)`, y0, x0, y1, x1, slice_index` in source pixels
-and frame numbers. Every file is an input; what is no mammogram ends among the rejects.
+labels.csv: `file` (path relative to the folder), `patient_id, study_id, laterality` (L|R)`, view, split,
+kind` (2d|synthetic2d|dbt|film)`, site, manufacturer, model, implant` (0|1|true|false)`, pixel_mm` (of the
+file's pixels), and any `label_<name>` (whole number; blank: unknown). labels.json says what the labels mean.
+findings.csv: `file, category, birads, pathology, shape` (box|circle|mask)`, y0, x0, y1, x1, slice_index` in
+source pixels and frame numbers. Every file is an input; what is no mammogram ends among the rejects.
+
+A table with other column names is read through a mapping {our column: their column}; its columns that are
+neither ours nor mapped are then left out, without one they are an error.
 """
 
-import csv
 import json
-import math
 from pathlib import Path
 
-from data_prep.plan import Listing, Row
-from mammodino_jax.data.records import SPLITS
+from data_prep.plan import Listing, Row, finding
+from data_prep.tables import number, one_of, read_table, whole
+from mammodino_jax.data.records import KINDS, SPLITS
 from mammodino_jax.errors import UserError, suggest
 
 TABLES = ("labels.csv", "labels.json", "findings.csv")
 TERMS = "as agreed with the owner of the files"
-_COLUMNS = ("file", "patient_id", "study_id", "laterality", "view", "split")
-_FINDING_TEXT = ("category", "birads", "pathology", "shape")
-_FINDING_PLACE = ("y0", "x0", "y1", "x1")
+_COLUMNS = ("file", "patient_id", "study_id", "laterality", "view", "split", "kind", "site", "manufacturer",
+            "model", "implant", "pixel_mm")  # fmt: skip
 
 
-def list_files(inputs: list[Path]) -> Listing:
+def list_files(inputs: list[Path], columns: dict[str, str] | None = None) -> Listing:
     """List the files below each input folder (or the input files themselves), with what the tables say.
 
+    Args:
+      inputs: folders or files.
+      columns: {our column: the name it has in labels.csv}.
+
     Raises:
-      UserError: an input does not exist, holds no file, or one of its tables is wrong.
+      UserError: an input does not exist, holds no file, or one of its tables or `columns` is wrong.
     """
+    for column in columns or {}:
+        if not _is_ours(column):
+            hint = suggest(column, _COLUMNS)
+            raise UserError(f"column mapping: unknown column {column} (not label_<name>).{hint}")
     rows, labels, names = [], {}, set()
     wanted = "give a folder of DICOM, PNG, JPEG, PGM or TIFF files"
     for root in inputs:
@@ -43,7 +53,7 @@ def list_files(inputs: list[Path]) -> Listing:
         if not listed:
             raise UserError(f"input {root} holds no files; {wanted}")
         if root.is_dir():
-            _read_labels(folder / "labels.csv", listed)
+            _read_labels(folder / "labels.csv", listed, columns)
             _read_findings(folder / "findings.csv", listed)
             labels |= _read_meanings(folder / "labels.json")
         for row in listed.values():
@@ -56,49 +66,61 @@ def list_files(inputs: list[Path]) -> Listing:
     return Listing(rows, labels, TERMS)
 
 
-def _table(path: Path, listed: dict[str, Row]):
-    """Yield ("labels.csv line 2", Row, cells) of a CSV; nothing where there is none."""
+def _is_ours(column: str) -> bool:
+    return column in _COLUMNS or column.startswith("label_")
+
+
+def _find(where: str, name: str, listed: dict[str, Row]) -> Row:
+    """The listed file of a `file` cell; tables made on Windows have backslashes."""
+    row = listed.get(name) or listed.get(name.replace("\\", "/"))
+    if row is None:
+        raise UserError(f"{where}: {name} is not in the folder.{suggest(name, listed)}")
+    return row
+
+
+def _read_labels(path: Path, listed: dict[str, Row], columns: dict[str, str] | None) -> None:
     if not path.is_file():
         return
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        if "file" not in columns:
-            raise UserError(f"{path.name}: expected a column file, found {', '.join(columns)}")
-        for number, cells in enumerate(reader, start=2):
-            name = (cells["file"] or "").strip()
-            where = f"{path.name} line {number}"
-            if name not in listed:
-                raise UserError(f"{where}: {name} is not in the folder.{suggest(name, listed)}")
-            yield where, listed[name], {k: (v or "").strip() for k, v in cells.items() if k}
-
-
-def _read_labels(path: Path, listed: dict[str, Row]) -> None:
+    renamed = {"file": "file"} | (columns or {})
     seen = {}
-    for where, row, cells in _table(path, listed):
+    for where, theirs in read_table(path, tuple(renamed.values())):
+        cells = {k: v for k, v in theirs.items() if _is_ours(k) or not columns}
+        cells |= {ours: theirs[name] for ours, name in renamed.items()}
         for column in cells:
-            if column not in _COLUMNS and not column.startswith("label_"):
+            if not _is_ours(column):
                 hint = suggest(column, _COLUMNS)
                 raise UserError(f"labels.csv: unknown column {column} (not label_<name>).{hint}")
+        row = _find(where, cells["file"], listed)
         if row.name in seen:
             line = seen[row.name].removeprefix("labels.csv ")
             raise UserError(f"{where}: the file is listed on {line} already; one line a file")
         seen[row.name] = where
-        row.patient, row.study = cells.get("patient_id") or None, cells.get("study_id") or None
-        row.view = cells.get("view", "").upper() or None
-        row.laterality = _one_of(cells.get("laterality", "").upper(), ("L", "R"), f"{where}, laterality")
-        row.split = _one_of(cells.get("split", "").lower(), SPLITS, f"{where}, split")
-        row.labels = {c: _whole(v, f"{where}, {c}") for c, v in cells.items() if c.startswith("label_")}
+        _fill(row, where, cells)
+
+
+def _fill(row: Row, where: str, cells: dict[str, str]) -> None:
+    row.patient, row.study = cells.get("patient_id") or None, cells.get("study_id") or None
+    row.view = cells.get("view", "").upper() or None
+    row.laterality = one_of(cells.get("laterality", "").upper(), ("L", "R"), f"{where}, laterality")
+    row.split = one_of(cells.get("split", "").lower(), SPLITS, f"{where}, split")
+    row.kind = one_of(cells.get("kind", "").lower(), KINDS, f"{where}, kind")
+    row.site, row.manufacturer, row.model = (cells.get(k) or None for k in ("site", "manufacturer", "model"))
+    implant = one_of(cells.get("implant", "").lower(), ("0", "1", "false", "true"), f"{where}, implant")
+    row.implant = implant in ("1", "true") if implant else None
+    row.pixel_mm = number(cells.get("pixel_mm", ""), f"{where}, pixel_mm")
+    if row.pixel_mm is not None and row.pixel_mm <= 0:
+        raise UserError(f"{where}, pixel_mm: {cells['pixel_mm']}, expected a length above 0 or blank")
+    row.labels = {c: whole(v, f"{where}, {c}") for c, v in cells.items() if c.startswith("label_")}
 
 
 def _read_findings(path: Path, listed: dict[str, Row]) -> None:
-    for where, row, cells in _table(path, listed):
-        finding = {name: cells.get(name) or None for name in _FINDING_TEXT}
-        finding["shape"] = _one_of(cells.get("shape", ""), ("box", "circle", "mask"), f"{where}, shape")
-        for name in _FINDING_PLACE:
-            finding[name] = _number(cells.get(name, ""), f"{where}, {name}")
-        finding["slice_index"] = _whole(cells.get("slice_index", ""), f"{where}, slice_index", high=1 << 30)
-        row.findings.append(finding)
+    for where, cells in read_table(path, ("file",)) if path.is_file() else ():
+        row = _find(where, cells["file"], listed)
+        what = {name: cells.get(name) or None for name in ("category", "birads", "pathology")}
+        shape = one_of(cells.get("shape", ""), ("box", "circle", "mask"), f"{where}, shape")
+        place = {k: number(cells.get(k, ""), f"{where}, {k}") for k in ("y0", "x0", "y1", "x1")}
+        index = whole(cells.get("slice_index", ""), f"{where}, slice_index", high=1 << 30)
+        row.findings.append(finding(**what) | {"shape": shape} | place | {"slice_index": index})
 
 
 def _read_meanings(path: Path) -> dict[str, dict]:
@@ -112,27 +134,3 @@ def _read_meanings(path: Path) -> dict[str, dict]:
         expected = '{"label_<name>": {"classes": [...], "rule": "...", "level": "..."}}'
         raise UserError(f"labels.json: expected {expected}")
     return meanings
-
-
-def _one_of(text: str, allowed: tuple[str, ...], where: str) -> str | None:
-    if text and text not in allowed:
-        hint = suggest(text, allowed)
-        raise UserError(f"{where}: {text}, expected one of {', '.join(allowed)} or blank.{hint}")
-    return text or None
-
-
-def _whole(text: str, where: str, high: int = 127) -> int | None:
-    value = _number(text, where)
-    if value is not None and (value != int(value) or not -128 <= value <= high):
-        raise UserError(f"{where}: {text}, expected a whole number from -128 to {high} or blank")
-    return None if value is None else int(value)
-
-
-def _number(text: str, where: str) -> float | None:
-    try:
-        value = float(text) if text else None
-    except ValueError:
-        value = math.nan
-    if value is not None and not math.isfinite(value):
-        raise UserError(f"{where}: {text}, expected a number or blank")
-    return value

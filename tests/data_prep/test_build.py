@@ -17,11 +17,16 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from data_prep import build as build_module
 from data_prep.__main__ import main
-from data_prep.build import BuildOptions, Settings, build, prepare
+from data_prep.build import BuildOptions, Settings, build
 from data_prep.plan import Planned, Row, assign_splits, make_shards
-from data_prep.read import Header
+from data_prep.prepare import prepare as prepare_files
+from data_prep.read import Header, Reject
 from mammodino_jax.data import records
 from mammodino_jax.errors import UserError
+
+
+def prepare(path, settings):
+    return prepare_files([path], settings)
 
 
 @pytest.fixture(autouse=True)
@@ -203,7 +208,7 @@ def test_full_box_and_fixed_scale(tmp_path, breast, write_dicom):
     assert record.shape == (round((box[2] - box[0]) / 2), round((box[3] - box[1]) / 2))
     assert scaled.facts(0)["pixel_mm"] == pytest.approx(0.2, rel=0.01)
     cv2.imwrite(str(tmp_path / "a.png"), image)
-    with pytest.raises(build_module.Reject, match="no_spacing"):
+    with pytest.raises(Reject, match="no_spacing"):
         prepare(tmp_path / "a.png", Settings(mm_per_px=0.2))
 
 
@@ -219,7 +224,7 @@ def test_laterality_conflict_is_flagged_and_pixels_decide(tmp_path, breast, writ
 def test_noise_and_blank_images_are_rejected(tmp_path, write_dicom):
     noise = np.random.default_rng(0).integers(0, 4096, (300, 200)).astype(np.uint16)
     for image, code in ((noise, "qc"), (np.zeros_like(noise), "empty_tissue")):
-        with pytest.raises(build_module.Reject, match=code):
+        with pytest.raises(Reject, match=code):
             prepare(write_dicom(tmp_path / "a.dcm", image), Settings())
 
 

@@ -7,7 +7,12 @@ import pytest
 from pydicom.dataset import Dataset
 
 from data_prep import read
-from data_prep.read import Frames, Reject, scan
+from data_prep.read import Frames, Reject
+from data_prep.settings import Settings
+
+
+def scan(path, **settings):
+    return read.scan(path, Settings(**settings))
 
 
 def code_of(path) -> str:
@@ -65,7 +70,7 @@ def test_image_files(tmp_path, breast, suffix, dtype):
     image = (breast(80, 60) >> (4 if dtype == "u1" else 0)).astype(dtype)
     path = tmp_path / f"a.{suffix}"
     cv2.imwrite(str(path), image, [cv2.IMWRITE_JPEG_QUALITY, 100])
-    header = scan(path, "film")
+    header = scan(path, kind="film")
     decoded = Frames(path, header)[0]
     assert header.kind == "film"
     assert np.abs(decoded.astype(int) - image).max() <= (4 if suffix == "jpg" else 0)
@@ -89,11 +94,11 @@ def test_a_constant_or_wrong_decode_is_refused_and_counted(tmp_path, breast, wri
         ("over", lambda data: image + 4096),
         ("shape", lambda data: image[:-1]),
     ]
-    monkeypatch.setattr(read, "_decoders", lambda *_: iter([*bad, ("good", lambda data: image)]))
+    monkeypatch.setattr(Frames, "_decoders", lambda *_: iter([*bad, ("good", lambda data: image)]))
     frames = Frames(path, scan(path))
     np.testing.assert_array_equal(frames[0], image)
     assert (frames.decoder, frames.fallbacks) == ("good", 3)
-    monkeypatch.setattr(read, "_decoders", lambda *_: iter(bad))
+    monkeypatch.setattr(Frames, "_decoders", lambda *_: iter(bad))
     assert code_of(path) == "decode_error"
 
 
