@@ -17,7 +17,8 @@ THUMBNAIL = 1024  # px; fixed, so that a mask does not depend on the record's si
 MARGIN = 0.04  # of the grey range above the background: skin starts about there, film fog ends below
 NECK = 16  # px of the thumbnail: what hangs on the breast by a thinner bridge is a label or a film edge
 SPUR = 16  # px: how far thin protrusions that are real (the nipple) may stand out of the body
-MARK = 0.6  # of the range above the background: labels and markers are brighter
+MARK = 0.6  # of the range above the background: the whole of labels and markers is brighter,
+SATURATED = 0.25  # and this share of their pixels is at the top of it: bright glands and skin are not
 SHARP = 0.4  # of a mark's height is left 2 to 6 px outside its edge: glands fade slowly, lead and ink do not
 PLATEAU = 0.97  # of the range: saturated, by a marker or an implant
 IMPLANT = 0.04  # of the tissue: a larger plateau is an implant, a smaller one a marker
@@ -84,7 +85,7 @@ def find_tissue(
 def _sharp_marks(thumb: np.ndarray, known: np.ndarray, level: float) -> Iterator[tuple]:
     """Labels, letters and metal: bright components with sharp edges. Yields (bool [h, w] of the mark, filled
     and 5 px wider; its place in the thumbnail as slices; whether it lies at the skin or beside it, not in
-    the breast)."""
+    the breast). The ball that marks a nipple counts as in the breast."""
     top = float(np.percentile(thumb[known], 99.95))
     bright = ((thumb >= level + MARK * (top - level)) & known).astype(np.uint8)
     count, labels, stats, _ = cv2.connectedComponentsWithStats(bright, connectivity=8)
@@ -99,10 +100,13 @@ def _sharp_marks(thumb: np.ndarray, known: np.ndarray, level: float) -> Iterator
         near, far = (cv2.dilate(filled, _disc(radius)) > 0 for radius in (2, 6))
         ring = far & ~near & known[place]
         if ring.any():
-            height = np.median(thumb[place][mark > 0]) - level
-            around = thumb[place][ring] - level
-            if np.median(around) < SHARP * height:
-                yield cv2.dilate(filled, _disc(5)) > 0, place, (around < 0.2 * height).mean() > 0.3
+            inside, around = thumb[place][mark > 0] - level, thumb[place][ring] - level
+            bright, full = np.median(inside), float(thumb.max()) - level
+            sharp = np.median(around) < SHARP * bright
+            if sharp and bright > 0.85 * full and (inside > 0.95 * full).mean() > SATURATED:
+                ball = max(width, height) <= 24 and min(width, height) >= 6 and area > 0.65 * width * height
+                at_skin = not ball and (around < 0.2 * bright).mean() > 0.3
+                yield cv2.dilate(filled, _disc(5)) > 0, place, at_skin
 
 
 def _add_plateaus(foreign: np.ndarray, thumb: np.ndarray, mask: np.ndarray, level: float) -> set[str]:

@@ -1,4 +1,4 @@
-"""Charts of the report, as SVG: training curves, and probe scores with their intervals."""
+"""Charts of the reports, as SVG: training curves, probe scores with their intervals, distributions."""
 
 import io
 
@@ -119,4 +119,47 @@ def probes(results: dict) -> bytes:
             ax.set_xlim(-0.02, 1.02)
             ax.set_title(f"{task['task']} ({task['test_items']} items, {task['test_patients']} patients)")
             ax.set_xlabel("AUC")
+        return _svg(figure)
+
+
+def boxes(panels: dict[str, dict[str, list[float]]]) -> bytes:
+    """Distributions: a panel a quantity, a box a group (quartiles, median; whiskers: 5 % to 95 %)."""
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    tallest = max(len(groups) for groups in panels.values())
+    with plt.rc_context({**STYLE, "axes.grid.axis": "x"}):
+        size = (10.5, lines * (0.75 + 0.34 * tallest))
+        figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+        for ax in axes.ravel()[len(panels) :]:
+            ax.set_visible(False)
+        for ax, (title, groups) in zip(axes.ravel(), panels.items(), strict=False):
+            for y, values in enumerate(groups.values(), start=1):
+                low, first, middle, third, high = np.percentile(values, (5, 25, 50, 75, 95))
+                ax.plot([low, high], [y, y], color=INK, linewidth=1)
+                ax.barh(y, third - first, left=first, height=0.55, color=SKY, edgecolor=INK, linewidth=0.8)
+                ax.plot([middle, middle], [y - 0.27, y + 0.27], color=INK, linewidth=2)
+            ax.set_yticks(range(1, len(groups) + 1), [f"{g} ({len(v)})" for g, v in groups.items()])
+            ax.set_ylim(tallest + 0.5, 0.5)  # the same box height in all panels
+            ax.set_title(title)
+        return _svg(figure)
+
+
+def curves(panels: dict[str, dict[str, np.ndarray]], x: np.ndarray, xlabel: str, mark: float) -> bytes:
+    """Percentages over x. A curve is [n, len(x)]: median of its rows, and a band of 10 % to 90 %."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, len(panels), figsize=(5.25 * len(panels), 3), squeeze=False, layout="constrained"
+        )
+        for ax, (title, lines) in zip(axes[0], panels.items(), strict=True):
+            for (label, rows), colour in zip(lines.items(), (BLUE, ORANGE, GREEN, PURPLE), strict=False):
+                low, middle, high = 100 * np.percentile(rows, (10, 50, 90), axis=0)
+                ax.plot(x, middle, "o-", color=colour, linewidth=1.8, markersize=4, label=label)
+                ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            ax.axvline(mark, color=GREY, linewidth=1, linestyle="--")
+            ax.set_ylim(-2, 102)
+            ax.set_xlabel(xlabel)
+            ax.set_ylabel("%")
+            ax.set_title(title)
+            if len(lines) > 1:
+                ax.legend(frameon=False, fontsize=9)
         return _svg(figure)

@@ -33,6 +33,12 @@ figure { margin: 14px 0 0; }
 .tiles { display: flex; flex-wrap: wrap; gap: 14px; overflow-x: auto; }
 .tiles figure { margin: 0; width: min-content; }
 .tiles img { height: 260px; width: auto; max-width: none; }
+.sheet figure { min-width: 132px; }
+.sheet img { height: 220px; border-radius: 3px; }
+.filter { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: 6px 16px;
+  background: #fff; padding: 10px 0; border-bottom: 1px solid var(--line); font-size: 0.875rem; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 20px; }
+.grid > * { min-width: 0; }
 .side { display: flex; flex-wrap: wrap; gap: 20px; align-items: flex-start; }
 .side figure { flex: 1 1 200px; }
 .side figure:first-child { flex-grow: 3; }
@@ -68,9 +74,11 @@ def table(head: list[str], rows: list[list[str]], marked=frozenset()) -> str:
     return f'<div class="wide"><table><tr>{cell}</tr>{body}</table></div>'
 
 
-def figure(image: str, caption: str = "") -> str:
+def figure(image: str, caption: str = "", **data: str) -> str:
+    """A picture with its caption; `data` becomes data-* attributes."""
+    marks = "".join(f' data-{name}="{html.escape(value)}"' for name, value in data.items())
     below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    return f"<figure>{image}{below}</figure>"
+    return f"<figure{marks}>{image}{below}</figure>"
 
 
 def facts(values: list[tuple[str, str, str]]) -> str:
