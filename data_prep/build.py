@@ -5,6 +5,7 @@ prep.json is complete. Finished shards of a build that was killed wait in DIR.lo
 again; the bytes are those of a build that was not. Everything that knows a path lies in DIR.local/.
 """
 
+import functools
 import importlib
 import json
 import logging
@@ -19,7 +20,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from itertools import repeat
 from pathlib import Path
 
 import cv2
@@ -94,13 +94,13 @@ def build(options: BuildOptions) -> dict:
             sizes = {s: sum(len(p.header.frames) for chunk in shards[s] for p in chunk) for s in shards}
             return _counts(listing.rows, rejects, sizes)
         chunks = _open_parts(local / "parts", prep, shards)
-        recipe = repeat(options.settings), repeat(dataset), repeat(key)
+        write = functools.partial(write_shard, settings=options.settings, dataset=dataset, key=key)
         todo = {part: chunk for part, chunk in chunks.items() if not is_written(part)}
         count = {part: sum(len(p.members or [p]) for p in chunk) for part, chunk in chunks.items()}
         start = sum(count.values()) - sum(count[part] for part in todo)
         with tqdm(total=sum(count.values()), initial=start, desc="images", unit="file", mininterval=1) as bar:
             failed = len(rejects)
-            for done in run(write_shard, todo, todo.values(), *recipe):
+            for done in run(write, list(todo), list(todo.values())):
                 failed += done["rejects"]
                 bar.set_postfix(rejected=failed, refresh=False)
                 bar.update(done["files"])
@@ -285,7 +285,7 @@ def _scan_headers(rows: list[Row], settings: Settings, run: Callable) -> tuple[d
         for i in range(0, len(rows), _SCAN_CHUNK)
     ]
     with tqdm(total=len(rows), desc="headers", unit="file", mininterval=1) as bar:
-        for part in run(_scan_chunk, chunks, repeat(settings)):
+        for part in run(functools.partial(_scan_chunk, settings=settings), chunks):
             found += part
             bar.update(len(part))
     headers = {number: header for number, header in enumerate(found) if isinstance(header, Header)}
@@ -336,6 +336,7 @@ def _dask(options: BuildOptions) -> Iterator:
         import distributed
     except ImportError as error:
         raise UserError("--dask needs dask.distributed: pip install 'mammodino-jax[dask]'") from error
+    logging.getLogger("distributed").setLevel(logging.ERROR)  # it warns of its own end
     try:
         if options.dask == "local":
             settings = dict(n_workers=options.workers, threads_per_worker=1, dashboard_address=None)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pydicom
 from pydicom.multival import MultiValue
-from pydicom.uid import UID, ImplicitVRLittleEndian
+from pydicom.uid import UID, ExplicitVRBigEndian, ImplicitVRLittleEndian
 
 from data_prep import vendors
 
@@ -151,7 +151,10 @@ def read_header(ds: pydicom.Dataset, vendor_table: str = "") -> Header:
     flags += conflicts
     texts = [str(ds.get(k) or "") for k in ("Manufacturer", "ManufacturerModelName", "SeriesDescription")]
     vendor = vendors.look_up(*texts, vendor_table)
-    syntax = getattr(getattr(ds, "file_meta", None), "TransferSyntaxUID", None) or ImplicitVRLittleEndian
+    syntax = getattr(getattr(ds, "file_meta", None), "TransferSyntaxUID", None)
+    if not syntax:  # as pydicom guessed from the first element; explicit and implicit pixels are the same
+        big = ds.original_encoding == (False, False)
+        syntax = ExplicitVRBigEndian if big else ImplicitVRLittleEndian
     return Header(
         kind=kind, rows=rows, columns=columns, frames=frames, positions_mm=positions,
         laterality=laterality, view=view, view_modifier=modifiers[0] if modifiers else None,
@@ -291,6 +294,8 @@ def _padding(ds, bits: int, signed: bool) -> tuple[int, int] | None:
     ends = [int(v) for v in (value, value if limit is None else limit)]
     if not signed:
         ends = [v & ((1 << bits) - 1) for v in ends]  # unsigned pixels, but written with a signed VR
+    else:
+        ends = [v - 65536 if v > 32767 else v for v in ends]  # and the other way round
     return min(ends), max(ends)
 
 

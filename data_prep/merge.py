@@ -48,7 +48,7 @@ def manifest(index: list[dict], files: list[dict], rows: list[Row]) -> list[dict
     """A line a file that became records: number, path, checksum, decoder, warnings, and its records."""
     lines = {}
     for f in files:
-        path = str(rows[f["number"]].path)
+        path = str(rows[f["number"]].path.absolute())
         lines[f["number"]] = f | {"path": path, "image_ids": [], "frames": []}
     for row in index:
         lines[row["number"]]["image_ids"].append(row["image_id"])

@@ -116,7 +116,7 @@ def identify(number: int, row: Row, header: Header) -> Planned:
 
 def reject_line(number: int, row: Row, reject: Reject) -> dict:
     """A line of rejects.jsonl."""
-    return {"number": number, "path": str(row.path), "code": reject.code, "detail": reject.detail}
+    return {"number": number, "path": str(row.path.absolute()), "code": reject.code, "detail": reject.detail}
 
 
 def drop_repeats(planned: list[Planned], keep_raw: bool = False) -> tuple[list[Planned], list[dict]]:

@@ -29,12 +29,16 @@ from data_prep.header import Header, Reject, read_header
 from data_prep.settings import Settings
 
 INFLATED_MAX = 1 << 30  # bytes of a deflated file
+MAX_TILES = 4096  # of a JPEG 2000 stream; decoders keep some kB for each
 _MAGIC = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"P5": "pgm", b"P2": "pgm",
           b"II*\0": "tiff", b"MM\0*": "tiff"}  # fmt: skip
 _ENDINGS = {"png": b"IEND", "jpeg": b"\xff\xd9"}  # a file without its end marker was cut off
 
-_MARKED = (*uid.JPEGTransferSyntaxes, *uid.JPEGLSTransferSyntaxes)  # streams that end with FFD9
+_JPEG = (*uid.JPEGTransferSyntaxes, *uid.JPEGLSTransferSyntaxes)
 _J2K = uid.JPEG2000TransferSyntaxes  # HTJ2K among them
+_MARKED = (*_JPEG, *_J2K)  # streams that end with FFD9; without it half an image decodes, of HTJ2K too
+_NATIVE = (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian,
+           uid.DeflatedExplicitVRLittleEndian)  # fmt: skip
 _CODECS = (  # of imagecodecs; jpeg8 reads all of JPEG, htj2k is tried before jpeg2k
     (uid.JPEGTransferSyntaxes, "jpeg8"),
     (uid.JPEGLSTransferSyntaxes, "jpegls"),
@@ -78,7 +82,7 @@ def scan(path: Path, settings: Settings) -> Header:
     if not is_dicom:
         return Header(kind=settings.kind, rows=0, columns=0)
     with _rejecting("truncated"):
-        _check_inflated(path)
+        _check_syntax(path)
         header = read_header(
             pydicom.dcmread(path, force=True, stop_before_pixels=True), settings.vendor_table
         )
@@ -138,9 +142,13 @@ class Frames:
             if (found := _fragments(file, start)) < count:
                 raise Reject("truncated", f"{found} fragments of {count} frames")
             return
+        if length == 0xFFFFFFFF:
+            raise Reject("unsupported_syntax", "compressed pixel data under the name of uncompressed ones")
         size = header.rows * header.columns * header.bits_allocated // 8 * count
         if min(length, there) < size:
             raise Reject("truncated", f"{min(length, there)} of {size} bytes of pixel data")
+        if length > size + size % 2:
+            self.notes.append(f"{length - size} bytes of pixel data more than the header says")
 
     def _read(self, number: int) -> np.ndarray:
         header = self.header
@@ -249,15 +257,17 @@ class Stack:
         return frame
 
 
-def _check_inflated(path: Path) -> None:
-    """Refuse a deflated file that inflates to more than INFLATED_MAX, without holding it."""
+def _check_syntax(path: Path) -> None:
+    """Refuse a syntax that nothing here decodes, and a deflated file that inflates to more than INFLATED_MAX,
+    without holding it."""
     with open(path, "rb") as file:
-        head = file.read(4096)
-        at = head.find(uid.DeflatedExplicitVRLittleEndian.encode() + b"\0")
-        if at < 0 or head[128:132] != b"DICM":
+        # As dcmread does it: a bomb must not be able to look like another file to us than to it.
+        pydicom.filereader.read_preamble(file, force=True)
+        syntax = pydicom.filereader._read_file_meta_info(file).get("TransferSyntaxUID")
+        if syntax and syntax not in (*_NATIVE, *_MARKED, uid.RLELossless):
+            raise Reject("unsupported_syntax", f"{uid.UID(syntax).name[:80]}")
+        if syntax != uid.DeflatedExplicitVRLittleEndian:
             return
-        meta = pydicom.filereader.read_file_meta_info(path)
-        file.seek(144 + int(meta.get("FileMetaInformationGroupLength") or 0))
         inflate, total, data = zlib.decompressobj(-zlib.MAX_WBITS), 0, b""
         while total <= INFLATED_MAX and (data := inflate.unconsumed_tail or file.read(1 << 20)):
             total += len(inflate.decompress(data, 1 << 24))
@@ -284,23 +294,25 @@ def _fragments(file, start: int) -> int:
 
 def _check_claims(data: bytes, header: Header) -> None:
     """Raise Reject where the stream claims another size than the header: decoders allocate what it claims."""
-    size = None
+    claim, expected = None, (header.rows, header.columns, 1)
     if header.syntax in _J2K:
         at = data.find(b"\xff\x4f\xff\x51")  # SOC, SIZ
-        if at >= 0 and len(data) >= at + 24:
-            x1, y1, x0, y0 = struct.unpack(">IIII", data[at + 8 : at + 24])
-            size = y1 - y0, x1 - x0
-    elif header.syntax in _MARKED:
+        if at >= 0 and len(data) >= at + 42:
+            x1, y1, x0, y0, width, height = struct.unpack(">6I", data[at + 8 : at + 32])
+            claim = y1 - y0, x1 - x0, struct.unpack(">H", data[at + 40 : at + 42])[0]
+            if min(width, height) < 1 or -(-x1 // width) * -(-y1 // height) > MAX_TILES:
+                raise Reject("decode_error", f"stream of tiles of {height} x {width}")
+    elif header.syntax in _JPEG:
         at = 2
-        while size is None and at + 9 <= len(data) and data[at] == 0xFF:
+        while claim is None and at + 10 <= len(data) and data[at] == 0xFF:
             marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
             if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-                size = struct.unpack(">HH", data[at + 5 : at + 9])
+                claim = struct.unpack(">HHB", data[at + 5 : at + 10])
             at += 1 if marker == 0xFF else 2 + length
     else:
         return
-    if size != (header.rows, header.columns):
-        raise Reject("decode_error", f"stream of size {size}, header {(header.rows, header.columns)}")
+    if claim != expected:
+        raise Reject("decode_error", f"stream of rows, columns, components {claim}, header {expected}")
 
 
 def _pillow_reduced(data: bytes, bits: int, halvings: int) -> np.ndarray:
