@@ -1,5 +1,5 @@
 # make demo: phantoms -> shards -> pretraining -> probe -> export -> demo/report.html
-# make test: lint and tests.  make accept-spine: the acceptance runs at full size.
+# make test: lint and tests.  make accept-spine, accept-preprocessing: the acceptance runs at full size.
 # Each makes .venv and installs what it needs; a second run starts at once.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ DEMO ?= demo
 PATIENTS ?= 40
 TORCH := $(shell grep -s '^torch==' requirements-dev.txt)
 
-.PHONY: demo test test-fast accept-spine clean
+.PHONY: demo test test-fast accept-spine accept-preprocessing clean
 
 $(VENV)/runtime.stamp: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,9 @@ test-fast: $(VENV)/dev.stamp
 
 accept-spine: $(VENV)/dev.stamp
 	$(PY) -m pytest -s -m accept tests/acceptance/test_spine.py
+
+accept-preprocessing: $(VENV)/dev.stamp
+	$(PY) -m pytest -s -m accept tests/acceptance/test_preprocessing.py
 
 clean:
 	rm -rf $(VENV) $(DEMO)

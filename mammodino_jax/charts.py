@@ -144,22 +144,17 @@ def boxes(panels: dict[str, dict[str, list[float]]]) -> bytes:
         return _svg(figure)
 
 
-def curves(panels: dict[str, dict[str, np.ndarray]], x: np.ndarray, xlabel: str, mark: float) -> bytes:
+def curves(lines: dict[str, np.ndarray], x: np.ndarray, xlabel: str, mark: float) -> bytes:
     """Percentages over x. A curve is [n, len(x)]: median of its rows, and a band of 10 % to 90 %."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            1, len(panels), figsize=(5.25 * len(panels), 3), squeeze=False, layout="constrained"
-        )
-        for ax, (title, lines) in zip(axes[0], panels.items(), strict=True):
-            for (label, rows), colour in zip(lines.items(), (BLUE, ORANGE, GREEN, PURPLE), strict=False):
-                low, middle, high = 100 * np.percentile(rows, (10, 50, 90), axis=0)
-                ax.plot(x, middle, "o-", color=colour, linewidth=1.8, markersize=4, label=label)
-                ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-            ax.axvline(mark, color=GREY, linewidth=1, linestyle="--")
-            ax.set_ylim(-2, 102)
-            ax.set_xlabel(xlabel)
-            ax.set_ylabel("%")
-            ax.set_title(title)
-            if len(lines) > 1:
-                ax.legend(frameon=False, fontsize=9)
+        figure, ax = plt.subplots(figsize=(7, 3), layout="constrained")
+        for (label, rows), colour in zip(lines.items(), (BLUE, ORANGE, GREEN, PURPLE), strict=False):
+            low, middle, high = 100 * np.percentile(rows, (10, 50, 90), axis=0)
+            ax.plot(x, middle, "o-", color=colour, linewidth=1.8, markersize=4, label=label)
+            ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        ax.axvline(mark, color=GREY, linewidth=1, linestyle="--")
+        ax.set_ylim(-2, 102)
+        ax.set_xlabel(xlabel)
+        ax.set_ylabel("%")
+        ax.legend(frameon=False, fontsize=9)
         return _svg(figure)

@@ -48,6 +48,7 @@ table { border-collapse: collapse; width: 100%; font-size: 0.875rem; font-varian
 th, td { text-align: left; padding: 5px 10px; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; }
 th:not(:last-child), td:not(:last-child) { white-space: nowrap; }
+td.long { min-width: 24ch; }
 tr.ours td { background: #eaf3fb; }
 code { font: 0.875em ui-monospace, Menlo, Consolas, monospace; background: #f0f3f6; padding: 1px 5px;
   border-radius: 4px; overflow-wrap: anywhere; }
@@ -70,8 +71,13 @@ def table(head: list[str], rows: list[list[str]], marked=frozenset()) -> str:
     body = ""
     for number, row in enumerate(rows):
         style = ' class="ours"' if number in marked else ""
-        body += f"<tr{style}>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>"
+        body += f"<tr{style}>" + "".join(_cell(str(c)) for c in row) + "</tr>"
     return f'<div class="wide"><table><tr>{cell}</tr>{body}</table></div>'
+
+
+def _cell(text: str) -> str:
+    style = ' class="long"' if len(text) > 40 else ""
+    return f"<td{style}>{html.escape(text)}</td>"
 
 
 def figure(image: str, caption: str = "", **data: str) -> str:
