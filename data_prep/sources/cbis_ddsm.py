@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 import pydicom
 
+from data_prep.labels import BIRADS_LABELS, IMAGE, NO_YES, birads_labels
 from data_prep.plan import Listing, Row, finding
-from data_prep.sources.inbreast import BIRADS_LABELS, IMAGE, NO_YES, birads_labels
 from data_prep.tables import find_table, one_of, only_folder, read_table, whole
 from mammodino_jax.errors import UserError
 

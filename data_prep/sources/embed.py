@@ -26,8 +26,8 @@ from datetime import date
 from pathlib import Path, PurePosixPath
 
 from data_prep.header import VIEWS
+from data_prep.labels import birads_labels
 from data_prep.plan import Listing, Row, finding
-from data_prep.sources.inbreast import birads_labels
 from data_prep.tables import find_table, one_of, only_folder, read_table, whole
 from mammodino_jax.errors import UserError
 

@@ -18,22 +18,12 @@ import re
 from pathlib import Path
 
 from data_prep.header import VIEWS
+from data_prep.labels import BIRADS_LABELS, IMAGE, NO_YES, birads_labels
 from data_prep.plan import Listing, Row, finding
 from data_prep.tables import find_table, one_of, only_folder, read_table, whole
 from mammodino_jax.errors import UserError
 
 TERMS = "research only (INbreast, Moreira et al. 2012); the original site is gone: ask the authors"
-IMAGE = {"level": "image"}
-NO_YES = IMAGE | {"classes": ["no", "yes"]}
-BIRADS_LABELS = {
-    "label_birads": IMAGE | {
-        "classes": list("12345"),
-        "rule": "BI-RADS 1 to 5 (4a, 4b, 4c: 4); of several abnormalities the highest; 0 and 6: unknown",
-    },
-    "label_recall": NO_YES | {"rule": "1: BI-RADS 0; 0: BI-RADS 1 or 2; 3 to 6: unknown"},
-    "label_suspicious_birads45": NO_YES | {"rule": "1: BI-RADS 4 or 5; 0: 1 to 3; else unknown; no biopsy"},
-    "label_suspicious_birads5": NO_YES | {"rule": "1: BI-RADS 5; 0: 1 to 4; else unknown; no biopsy"},
-}  # fmt: skip
 LABELS = BIRADS_LABELS | {
     "label_density": IMAGE | {"classes": list("ABCD"), "rule": "ACR 1 to 4 = A to D"},
     "label_lesion": NO_YES
@@ -46,17 +36,6 @@ _FLAGS = ("Mass", "Micros", "Distortion", "Asymmetry")
 _NEEDED = ("Patient ID", "Laterality", "View", "File Name", "ACR", "Bi-Rads", *_FLAGS)
 _BIRADS = ("0", "1", "2", "3", "4", "4a", "4b", "4c", "5", "6")
 _NAME = re.compile(r"\d+_(?P<hash>[0-9a-f]+)_MG_(?P<side>[LR])_(?P<view>[A-Z]+)_ANON", re.IGNORECASE)
-
-
-def birads_labels(birads: int | None) -> dict[str, int | None]:
-    """The labels that a BI-RADS category 0 to 6 gives; BIRADS_LABELS has their rules."""
-    known = birads is not None and 1 <= birads <= 5
-    return {
-        "label_birads": birads - 1 if known else None,
-        "label_recall": {0: 1, 1: 0, 2: 0}.get(birads),
-        "label_suspicious_birads45": int(birads >= 4) if known else None,
-        "label_suspicious_birads5": int(birads == 5) if known else None,
-    }
 
 
 def list_files(inputs: list[Path]) -> Listing:
