@@ -166,7 +166,7 @@ def read_header(ds: pydicom.Dataset, vendor_table: str = "") -> Header:
         syntax=str(syntax), bits_allocated=allocated, bits=bits, high_bit=high_bit, signed=signed,
         inverted=(photometric == "MONOCHROME1") != vendor["invert"],
         slope=_number(transform, "RescaleSlope") or 1.0,
-        for_processing=(intent or ds.get("SOPClassUID")) in ("FOR PROCESSING", _FOR_PROCESSING),
+        for_processing=(intent or _class(ds)) in ("FOR PROCESSING", _FOR_PROCESSING),
         exposure_log=_text(ds, "PixelIntensityRelationship") == "LOG",
         exposure_sign=-1 if _number(ds, "PixelIntensityRelationshipSign") == -1 else 1,
         intercept=_number(transform, "RescaleIntercept") or 0.0,
@@ -196,7 +196,7 @@ def stack_headers(headers: list[Header]) -> Header:
 
 def _kind(ds) -> str:
     """2d | synthetic2d | dbt | film from class, image type and description; rejects what is no mammogram."""
-    sop, modality = str(ds.get("SOPClassUID", "")), _text(ds, "Modality")
+    sop, modality = _class(ds), _text(ds, "Modality")
     image_type, description = _text(ds, "ImageType"), _text(ds, "SeriesDescription")
     breast = "BREAST" in _text(ds, "BodyPartExamined") or modality == "MG"
     if sop == _MEDIA_DIRECTORY:
@@ -223,6 +223,12 @@ def _kind(ds) -> str:
     if "GENERATED_2D" in image_type or "TOMOSYNTHESIS" in image_type or _SYNTHETIC.search(description):
         return "synthetic2d"
     return "2d"
+
+
+def _class(ds) -> str:
+    """The SOP class; that of the meta group where the data set names none, as in a DICOMDIR."""
+    meta = getattr(ds, "file_meta", None) or {}
+    return str(ds.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID") or "")
 
 
 def _flags_or_reject(ds, modifiers: list[str]) -> tuple[str, ...]:

@@ -25,24 +25,24 @@ import pydicom
 from pydicom import pixels, uid
 from pydicom.encaps import get_frame
 
-from data_prep.header import Header, Reject, read_header
+from data_prep.header import MAX_PIXELS, MAX_SIDE, Header, Reject, read_header
 from data_prep.settings import Settings
 
-INFLATED_MAX = 1 << 30  # bytes of a deflated file
+INFLATED_MAX = 1 << 29  # bytes of a deflated file: pydicom holds three copies of them
 MAX_TILES = 4096  # of a JPEG 2000 stream; decoders keep some kB for each
 _MAGIC = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"P5": "pgm", b"P2": "pgm",
           b"II*\0": "tiff", b"MM\0*": "tiff"}  # fmt: skip
 _ENDINGS = {"png": b"IEND", "jpeg": b"\xff\xd9"}  # a file without its end marker was cut off
 
 _JPEG = (*uid.JPEGTransferSyntaxes, *uid.JPEGLSTransferSyntaxes)
-_J2K = uid.JPEG2000TransferSyntaxes  # HTJ2K among them
+_J2K = (uid.JPEG2000Lossless, uid.JPEG2000,  # part 2 of the standard is not decoded
+        uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K)  # fmt: skip
 _MARKED = (*_JPEG, *_J2K)  # streams that end with FFD9; without it half an image decodes, of HTJ2K too
 _NATIVE = (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian,
            uid.DeflatedExplicitVRLittleEndian)  # fmt: skip
-_CODECS = (  # of imagecodecs; jpeg8 reads all of JPEG, htj2k is tried before jpeg2k
+_CODECS = (  # of imagecodecs; jpeg8 reads all of JPEG, jpeg2k also HTJ2K
     (uid.JPEGTransferSyntaxes, "jpeg8"),
     (uid.JPEGLSTransferSyntaxes, "jpegls"),
-    ((uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K), "htj2k"),
     (_J2K, "jpeg2k"),
 )
 
@@ -59,9 +59,9 @@ def _rejecting(code: str, notes: list[str] | None = None) -> Iterator[None]:
             notes += [f"{w.category.__name__}: {str(w.message)[:120]}" for w in caught[:3]]
     except Reject:
         raise
-    except OSError as error:
-        raise Reject("unreadable", error.strerror or type(error).__name__) from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno:  # of the disk; parsers raise OSError without a number
+            raise Reject("unreadable", error.strerror) from error
         raise Reject(code, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
 
 
@@ -208,9 +208,9 @@ class Frames:
     def _decoders(self, number: int) -> Iterator[tuple[str, Callable]]:
         """Decoders of one frame, fastest first.
 
-        imagecodecs' jpegsof3 and ljpeg are left out on purpose: they ignore the point transform and return
-        wrong values. pylibjpeg is left out for JPEG: it returns half an image from a truncated stream without
-        an error.
+        Left out on purpose: imagecodecs' jpegsof3 and ljpeg, which ignore the point transform and return
+        wrong values; its htj2k, which prints the error of a broken stream and returns memory it never wrote;
+        and pylibjpeg for JPEG, which returns half an image from a truncated stream without an error.
         """
         header = self.header
         if self.halvings and is_j2k(header) and not header.signed:
@@ -361,6 +361,15 @@ def _read_image(path: Path, kind: str) -> np.ndarray:
         raise Reject("truncated", f"{kind} without its end marker")
     if kind == "tiff" and (pages := cv2.imcount(str(path))) > 1:
         raise Reject("unsupported_class", f"tiff of {pages} pages, expected one image")
+    try:
+        with PIL.Image.open(io.BytesIO(data)) as claim:  # reads the header only
+            width, height = claim.size
+        if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+            raise Reject("too_large", f"{height} x {width}")
+    except PIL.Image.DecompressionBombError as error:
+        raise Reject("too_large", str(error)) from error
+    except OSError:
+        pass  # OpenCV may still know the format
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if image is None:
         raise Reject("decode_error", f"unreadable {kind}")
