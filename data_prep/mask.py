@@ -21,6 +21,8 @@ MARK = 0.6  # of the range above the background: the whole of labels and markers
 SATURATED = 0.25  # and this share of their pixels is at the top of it: bright glands and skin are not
 SHARP = 0.4  # of a mark's height is left 2 to 6 px outside its edge: glands fade slowly, lead and ink do not
 PLATEAU = 0.97  # of the range: saturated, by a marker or an implant
+FADES = 0.8  # of a plateau's height is left 4 to 6 px outside it
+SPECK = 40  # px of the thumbnail: a smaller plateau may be a calcification
 IMPLANT = 0.04  # of the tissue: a larger plateau is an implant, a smaller one a marker
 _KERNEL = np.ones((9, 9), np.uint8)
 
@@ -34,6 +36,16 @@ class Tissue:
     chest_wall: str | None  # left | right | None: unclear
     foreign: np.ndarray  # bool [h, w], inside the mask: markers and implants, no tissue to window
     marks: frozenset[str] = field(default_factory=frozenset)  # text_on_tissue, marker, implant
+
+
+@dataclass(frozen=True)
+class _Greys:
+    """Histogram of a thumbnail's known pixels."""
+
+    floor: float  # their minimum
+    span: float  # from there to their 99.5th percentile
+    counts: np.ndarray  # [256], over the span
+    top: float  # their 99.95th percentile
 
 
 def thumbnail(image: np.ndarray) -> np.ndarray:
@@ -63,12 +75,13 @@ def find_tissue(
     if recipe == "none":
         return Tissue(~nothing, False, _chest_wall(known & (thumb > thumb.min())), nothing)
     robust = recipe == "robust"
-    level = _threshold(thumb, known) if robust else np.percentile(thumb, tau)
+    greys = _histogram(thumb if known.all() else thumb[known])
+    level = _threshold(greys, thumb.size) if robust else np.percentile(thumb, tau)
     above = (thumb > level) & known
     mask = _body(above, cut_necks=robust)
     foreign, marks = nothing, set()
     if robust and mask.any():
-        for mark, place, at_skin in _sharp_marks(thumb, known, level):
+        for mark, place, at_skin in _sharp_marks(thumb, known, level, greys.top):
             if not (mark & mask[place]).any():
                 continue
             if at_skin:
@@ -79,20 +92,22 @@ def find_tissue(
         if "text_on_tissue" in marks:
             mask = _body(above, cut_necks=True)
         marks |= _add_plateaus(foreign, thumb, mask, level)
-    return Tissue(mask, _suspect(mask, thumb, known), _chest_wall(mask), foreign & mask, frozenset(marks))
+    suspect = _suspect(mask, thumb, known, greys)
+    return Tissue(mask, suspect, _chest_wall(mask), foreign & mask, frozenset(marks))
 
 
-def _sharp_marks(thumb: np.ndarray, known: np.ndarray, level: float) -> Iterator[tuple]:
+def _sharp_marks(thumb: np.ndarray, known: np.ndarray, level: float, top: float) -> Iterator[tuple]:
     """Labels, letters and metal: bright components with sharp edges. Yields (bool [h, w] of the mark, filled
     and 5 px wider; its place in the thumbnail as slices; whether it lies at the skin or beside it, not in
     the breast). The ball that marks a nipple counts as in the breast."""
-    top = float(np.percentile(thumb[known], 99.95))
     bright = ((thumb >= level + MARK * (top - level)) & known).astype(np.uint8)
+    full, most, (rows, columns) = float(thumb.max()) - level, 0.03 * thumb.size, _place(bright, 8)
+    bright, thumb, known = (image[rows, columns] for image in (bright, thumb, known))
     count, labels, stats, _ = cv2.connectedComponentsWithStats(bright, connectivity=8)
     for i in range(1, count):
         x, y, width, height, area = stats[i]
         # One-pixel lines are film edges; what is large is a breast.
-        if area < 60 or min(width, height) < 4 or area > 0.03 * thumb.size:
+        if area < 60 or min(width, height) < 4 or area > most:
             continue
         place = slice(max(0, y - 8), y + height + 8), slice(max(0, x - 8), x + width + 8)
         mark = (labels[place] == i).astype(np.uint8)
@@ -101,26 +116,37 @@ def _sharp_marks(thumb: np.ndarray, known: np.ndarray, level: float) -> Iterator
         ring = far & ~near & known[place]
         if ring.any():
             inside, around = thumb[place][mark > 0] - level, thumb[place][ring] - level
-            bright, full = np.median(inside), float(thumb.max()) - level
+            bright = np.median(inside)
             sharp = np.median(around) < SHARP * bright
             if sharp and bright > 0.85 * full and (inside > 0.95 * full).mean() > SATURATED:
                 ball = max(width, height) <= 24 and min(width, height) >= 6 and area > 0.65 * width * height
                 at_skin = not ball and (around < 0.2 * bright).mean() > 0.3
+                place = tuple(
+                    slice(a.start + b.start, a.stop + b.start)
+                    for a, b in zip(place, (rows, columns), strict=True)
+                )
                 yield cv2.dilate(filled, _disc(5)) > 0, place, at_skin
 
 
 def _add_plateaus(foreign: np.ndarray, thumb: np.ndarray, mask: np.ndarray, level: float) -> set[str]:
     """Add saturated flat areas of the mask to `foreign`; returns what they are."""
     top = float(thumb.max())
+    if (mask & (thumb >= np.float32(level + PLATEAU * (top - level)))).sum() < SPECK:
+        return set()
     values = thumb.astype(np.float32)
     flat = cv2.absdiff(cv2.dilate(values, np.ones((3, 3))), cv2.erode(values, np.ones((3, 3))))
     plateau = mask & (values >= level + PLATEAU * (top - level)) & (flat <= 0.004 * (top - level))
     count, labels, stats, _ = cv2.connectedComponentsWithStats(plateau.astype(np.uint8), connectivity=8)
     found = set()
     for i in range(1, count):
-        area = stats[i, cv2.CC_STAT_AREA]
-        if area >= 40:  # smaller ones may be calcifications
-            foreign |= labels == i
+        x, y, width, height, area = stats[i]
+        if area < SPECK:
+            continue
+        place = slice(max(0, y - 8), y + height + 8), slice(max(0, x - 8), x + width + 8)
+        one = (labels[place] == i).astype(np.uint8)
+        ring = (cv2.dilate(one, _disc(6)) > 0) & (cv2.dilate(one, _disc(3)) == 0)
+        if np.median(thumb[place][ring]) - level < FADES * (top - level):  # else saturated glands
+            foreign[place] |= one > 0
             found.add("implant" if area > IMPLANT * mask.sum() else "marker")
     return found
 
@@ -129,35 +155,36 @@ def _disc(radius: int) -> np.ndarray:
     return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
 
 
-def _threshold(thumb: np.ndarray, known: np.ndarray) -> float:
+def _threshold(greys: _Greys, pixels: int) -> float:
     """Grey level between background and tissue: mode of the background + max(6 sigma, MARGIN of the range).
 
     Exact zeros (or another constant floor) are padding beside the film on some scans and the true background
     on others, so the mode is searched above the floor. It is believed only where it is a sharp peak: the
     darkest tissue, which is all there is above the floor of a clean digital image, spreads evenly.
     """
-    floor, span, counts = _histogram(thumb, known)
-    counts[0] = 0  # the floor itself
+    counts = np.concatenate([[0], greys.counts[1:]])  # without the floor itself
     dark = np.convolve(counts, np.ones(5) / 5, mode="same")[: max(4, int(0.6 * _otsu(counts)))]
     peak = int(dark.argmax())
     near, beyond = counts[max(0, peak - 4) : peak + 5].sum(), counts[peak + 9 : peak + 27].sum()
     background, sigma = 0.0, 0.0  # in bins
-    if near > 0.05 * thumb.size and near > 2 * beyond:
+    if near > 0.05 * pixels and near > 2 * beyond:
         background, below = peak + 0.5, counts[: peak + 1]
         sigma = np.sqrt((below * (peak - np.arange(peak + 1)) ** 2).sum() / max(1, below.sum()))
-    return floor + (background + max(6 * min(sigma, 5), MARGIN * 256)) * span / 256
+    return greys.floor + (background + max(6 * min(sigma, 5), MARGIN * 256)) * greys.span / 256
 
 
-def _histogram(thumb: np.ndarray, known: np.ndarray) -> tuple[float, float, np.ndarray]:
-    """(floor, span, counts [256]) of the known pixels from their minimum to their 99.5th percentile."""
-    counts = np.bincount(thumb[known], minlength=2)
+def _histogram(values: np.ndarray) -> _Greys:
+    counts = np.bincount(values.ravel(), minlength=2)
     levels = np.flatnonzero(counts)
     if levels.size == 0:
-        return 0.0, 1.0, np.zeros(256)
+        return _Greys(0.0, 1.0, np.zeros(256), 0.0)
     total = np.cumsum(counts)
     span = max(int(np.searchsorted(total, 0.995 * total[-1])) - int(levels[0]), 1)
     bins = np.minimum((levels - levels[0]) * 256 // span, 255)
-    return float(levels[0]), float(span), np.bincount(bins, weights=counts[levels], minlength=256)
+    counts = np.bincount(bins, weights=counts[levels], minlength=256)
+    rank = 0.9995 * (total[-1] - 1)  # np.percentile without its sorting
+    below, above = np.searchsorted(total, [np.floor(rank), np.ceil(rank)], side="right")
+    return _Greys(float(levels[0]), float(span), counts, float(below + (above - below) * (rank % 1)))
 
 
 def _otsu(counts: np.ndarray) -> int:
@@ -171,13 +198,14 @@ def _body(above: np.ndarray, cut_necks: bool) -> np.ndarray:
     """Smooth by 9x9 closing, then opening (OpenCV's border does not eat the chest wall), and take the
     breast's component, filled. With `cut_necks` what hangs on it by a thin bridge is dropped first."""
     mask = above.astype(np.uint8)
+    part = mask[_place(mask, 8)]  # a view: what is around it is zero and stays so
     for step in (cv2.MORPH_CLOSE, cv2.MORPH_OPEN):
-        mask = cv2.morphologyEx(mask, step, _KERNEL)
+        part[...] = cv2.morphologyEx(part, step, _KERNEL)
     if cut_necks:
-        padded = cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT)
+        padded = cv2.copyMakeBorder(part, 1, 1, 1, 1, cv2.BORDER_CONSTANT)
         core = _pick((_distance(padded) > NECK)[1:-1, 1:-1])
         if core.any():
-            mask = mask & (_distance(~core) <= NECK + SPUR)
+            part &= _distance(~core) <= NECK + SPUR
     contours = _outline(_pick(mask))
     return cv2.drawContours(np.zeros(mask.shape, np.uint8), contours, -1, 1, cv2.FILLED) > 0
 
@@ -187,11 +215,23 @@ def _distance(mask: np.ndarray) -> np.ndarray:
     return cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 3)
 
 
+def _place(mask: np.ndarray, margin: int = 0) -> tuple[slice, slice]:
+    """Rows and columns of the box of a u8 mask, wider by `margin`; of nothing where it is empty."""
+    x, y, width, height = cv2.boundingRect(mask)
+    rows = slice(max(0, y - margin), y + height + margin)
+    return rows, slice(max(0, x - margin), x + width + margin)
+
+
 def _pick(mask: np.ndarray) -> np.ndarray:
     """The component with most pixels; one that touches no side counts for a third."""
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
+    mask = mask.astype(np.uint8)
+    first = divmod(int(mask.argmax()), mask.shape[1])
+    # Filling one component is much faster than the statistics of all, and there is rarely a choice.
+    if cv2.floodFill(mask.copy(), None, first[::-1], 2)[0] == cv2.countNonZero(mask):
+        return mask > 0
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=4)
     if count < 2:
-        return np.zeros(mask.shape, bool)
+        return mask > 0
     left, width, area = stats[1:, cv2.CC_STAT_LEFT], stats[1:, cv2.CC_STAT_WIDTH], stats[1:, cv2.CC_STAT_AREA]
     touches = (left <= 1) | (left + width >= mask.shape[1] - 1)
     return labels == 1 + int(np.where(touches, area, area / 3).argmax())
@@ -214,13 +254,14 @@ def _chest_wall(mask: np.ndarray) -> str | None:
     return "left" if left > right else "right"
 
 
-def _suspect(mask: np.ndarray, thumb: np.ndarray, known: np.ndarray) -> bool:
+def _suspect(mask: np.ndarray, thumb: np.ndarray, known: np.ndarray, greys: _Greys) -> bool:
     """True where the mask's area, outline or contact with the frame's sides is unlike a breast, or a second
     recipe (0.2 x Otsu) disagrees."""
     if not 0.02 <= mask.mean() <= 0.95 or min(mask[:, :2].mean(), mask[:, -2:].mean()) > 0.6:
         return True
     if mask.sum() < 0.75 * cv2.contourArea(cv2.convexHull(np.concatenate(_outline(mask)))):
         return True
-    floor, span, counts = _histogram(thumb, known)
-    second = _body((thumb > floor + 0.2 * _otsu(counts) * span / 256) & known, cut_necks=False)
+    second = _body(
+        (thumb > greys.floor + 0.2 * _otsu(greys.counts) * greys.span / 256) & known, cut_necks=False
+    )
     return (mask & second).sum() < 0.75 * (mask | second).sum()

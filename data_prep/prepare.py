@@ -57,8 +57,7 @@ class Prepared:
             y, x = (there / said for there, said in zip(frame.shape, self.source_shape, strict=True))
             y0, x0, y1, x1 = (round(v * s) for v, s in zip(self.box, (y, x, y, x), strict=True))
             how = cv2.INTER_AREA if height < y1 - y0 or width < x1 - x0 else cv2.INTER_LINEAR
-            crop = np.ascontiguousarray(frame[y0:y1, x0:x1])
-            image = self.table[cv2.resize(crop, (width, height), interpolation=how)]
+            image = self.table[cv2.resize(frame[y0:y1, x0:x1], (width, height), interpolation=how)]
             image[~self.mask] = 0  # labels outside must not take part in the equalisation
             if clahe is not None:
                 image = clahe.apply(image)
@@ -108,7 +107,8 @@ def prepare(paths: list[Path], settings: Settings, row: Row | None = None) -> Pr
     count, thumbs, lowest, highest = len(frames), [], 65535, 0
     for i in np.linspace(0, count - 1, min(count, SAMPLED_SLICES)):
         frame = _without_border(frames[round(i)], settings.border)
-        lowest, highest = min(lowest, int(frame.min())), max(highest, int(frame.max()))
+        if settings.window == "minmax":
+            lowest, highest = min(lowest, int(frame.min())), max(highest, int(frame.max()))
         thumbs.append(thumbnail(frame))
     mean = np.rint(np.mean(thumbs, axis=0)).astype(np.uint16) if count > 1 else thumbs[0]
     shown, padding = window.display(mean, header), window.is_padding(mean, header)
@@ -162,11 +162,14 @@ def _check_tissue(tissue: Tissue, shown: np.ndarray) -> None:
     if area < MIN_TISSUE:
         needed = f"expected at least {MIN_TISSUE:.0%}"
         raise Reject("tissue_fraction", f"tissue covers {area:.1%} of the frame, {needed}")
-    low, high = np.percentile(shown[tissue.mask].astype(np.float32), window.PERCENTILES)
     needed = max(8, (1 << int(shown.max()).bit_length()) // 128)
+    columns = np.flatnonzero(tissue.mask.any(0))
+    columns = slice(columns[0], columns[-1] + 1)  # no other is looked at from here on
+    mask, shown = tissue.mask[:, columns], shown[:, columns]
+    low, high = np.percentile(shown[mask], window.PERCENTILES)
     if high - low < needed:
         raise Reject("low_contrast", f"tissue spans {high - low:.0f} grey levels, expected at least {needed}")
-    both = tissue.mask[:, 1:] & tissue.mask[:, :-1]
+    both = mask[:, 1:] & mask[:, :-1]
     similar = np.corrcoef(shown[:, 1:][both], shown[:, :-1][both])[0, 1]
     if similar < 0.5:  # breasts are above 0.9
         raise Reject("qc", f"no tissue structure: correlation of neighbouring pixels {similar:.2f}")

@@ -165,14 +165,14 @@ class Frames:
     def _native(self, number: int) -> np.ndarray:
         header, self.decoder = self.header, "native"
         order = ">" if header.syntax == uid.ExplicitVRBigEndian else "<"
-        dtype = np.dtype(f"{order}u{header.bits_allocated // 8}")
-        count = header.rows * header.columns
-        self._file.seek(self._start + number * count * dtype.itemsize)
-        stored = np.frombuffer(self._file.read(count * dtype.itemsize), dtype)
-        stored = stored.reshape(header.rows, header.columns).astype(np.uint16)
-        # Drops overlay bits stored beside the pixels.
-        stored >>= header.high_bit + 1 - header.bits
-        stored &= (1 << header.bits) - 1
+        stored = np.empty((header.rows, header.columns), f"{order}u{header.bits_allocated // 8}")
+        self._file.seek(self._start + number * stored.nbytes)
+        if self._file.readinto(stored.reshape(-1).view(np.uint8).data) != stored.nbytes:
+            raise Reject("truncated", "the file became shorter while it was read")
+        stored = stored.astype(np.uint16, copy=False)
+        shift, top = header.high_bit + 1 - header.bits, (1 << header.bits) - 1
+        if shift or int(stored.max()) > top:  # overlay bits stored beside the pixels
+            stored = (stored >> shift) & top
         return stored
 
     def _encoded(self, number: int) -> bytes:

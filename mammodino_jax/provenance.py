@@ -22,7 +22,8 @@ def collect(data: DataConfig) -> dict:
 
     Returns:
       {"sources": [[folder, split, kinds, weight], ...], "terms": {data set: terms}, "no_release": [data
-      sets whose terms forbid publishing weights or embeddings], "salt": str, "patients": [hash, ...], "pixels": [hash, ...]}, both sorted.
+      sets whose terms forbid publishing weights or embeddings], "salt": str, "patients": [hash, ...],
+      "pixels": [hash, ...]}, all sorted.
     """
     patients, pixels, terms, no_release = set(), set(), {}, set()
     for folder, split, *_ in data.sources:
