@@ -41,7 +41,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     add("--source", default="folder", help="which data set's layout the input has (default: folder)")
-    add("--input", required=True, nargs="+", type=Path, metavar="PATH", dest="inputs")
+    add("--input", required=True, nargs="+", action="extend", type=Path, metavar="PATH", dest="inputs")
     add("--columns", type=_mapping, default={}, metavar="OURS=THEIRS,...",
         help="columns of the folder's labels.csv, as in patient_id=PatNr,label_cancer=malign")  # fmt: skip
     add("--dataset", default="", help="name in the index and in the ids (default: the source's)")
@@ -64,7 +64,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     add("--mask", choices=("robust", "percentile", "none"))
     add("--tau", type=_percentile, help="of --mask percentile (60; the paper gives none)")
     add("--window", choices=("percentile", "tag", "minmax"), help="tag: the header's VOI LUT or window")
-    add("--voi-index", type=int, help="which of the header's VOI LUTs and windows, from 0")
+    add("--voi-index", type=_index, help="which of the header's VOI LUTs and windows, from 0")
     add("--clahe", type=_not_negative, metavar="LIMIT", help="clip limit (2); 0: none")
     add("--burned-in", choices=("reject", "keep"), help="images with BurnedInAnnotation=YES (reject)")
     add("--for-processing", choices=("auto", "reject", "keep"),
@@ -153,6 +153,7 @@ def _checked(convert, fits, expected: str):
 
 
 _positive = _checked(int, lambda v: v > 0, "a whole number above 0")
+_index = _checked(int, lambda v: v >= 0, "a whole number from 0")
 _above_zero = _checked(float, lambda v: 0 < v < float("inf"), "a number above 0")
 _not_negative = _checked(float, lambda v: 0 <= v < float("inf"), "a number from 0")
 _percentile = _checked(float, lambda v: 0 < v < 100, "a percentile between 0 and 100")

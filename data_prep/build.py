@@ -5,6 +5,7 @@ prep.json is complete. Finished shards of a build that was killed wait in DIR.lo
 again; the bytes are those of a build that was not. Everything that knows a path lies in DIR.local/.
 """
 
+import fcntl
 import functools
 import importlib
 import json
@@ -17,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +34,7 @@ from data_prep.plan import Listing, Planned, Row, count_by, reject_line
 from data_prep.read import scan
 from data_prep.settings import Settings
 from data_prep.shards import is_written, write_shard
+from mammodino_jax import __version__
 from mammodino_jax.data import records
 from mammodino_jax.errors import UserError, suggest
 
@@ -71,65 +73,114 @@ def build(options: BuildOptions) -> dict:
     Raises:
       UserError: an input is missing or empty, nothing in it is usable, or the output is of other settings.
     """
-    local = options.output.with_name(options.output.name + ".local")
+    output = options.output.absolute()
+    if not output.name:
+        raise UserError(f"--output {options.output}: give a folder of its own")
+    local = output.with_name(output.name + ".local")
     vendors.check(options.settings.vendor_table)
-    listing = _list(options)
+    listing = _list(options, local)
     dataset = options.dataset or options.source
-    key = load_key(options.key, options.output, make=not options.dry_run)
+    key = load_key(options.key, options.output, local, make=not options.dry_run)
     earlier = _Earlier(options.previous, key, dataset)
     prep = _describe(options, dataset, listing, key, earlier)
     built = _already_built(options.output, prep)
     if built and built["labels"] == prep["labels"]:
         return built["counts"] | {"already_built": True}
-
     with _pool(options) as run:
-        planned, rejects = _plan(listing, options, earlier, run)
-        if built:
-            return _relabel(options.output, local, planned, listing, built | {"labels": prep["labels"]})
-        shards = plan.make_shards(planned, options.seed)
         if options.dry_run:
-            log.info("%d images and volumes: %s", len(planned), count_by(p.header.kind for p in planned))
-            log.info("rejected: %s", count_by(r["code"] for r in rejects) or "none")
-            log.info("shards: %s", ", ".join(f"{len(chunks)} {split}" for split, chunks in shards.items()))
-            sizes = {s: sum(len(p.header.frames) for chunk in shards[s] for p in chunk) for s in shards}
-            return _counts(listing.rows, rejects, sizes)
-        chunks = _open_parts(local / "parts", prep, shards)
-        write = functools.partial(write_shard, settings=options.settings, dataset=dataset, key=key)
-        todo = {part: chunk for part, chunk in chunks.items() if not is_written(part)}
-        count = {part: sum(len(p.members or [p]) for p in chunk) for part, chunk in chunks.items()}
-        start = sum(count.values()) - sum(count[part] for part in todo)
-        with tqdm(total=sum(count.values()), initial=start, desc="images", unit="file", mininterval=1) as bar:
-            failed = len(rejects)
-            for done in run(write, list(todo), list(todo.values())):
-                failed += done["rejects"]
-                bar.set_postfix(rejected=failed, refresh=False)
-                bar.update(done["files"])
+            return _dry_run(listing, options, earlier, run)
+        with _locked(options.output, local):
+            if options.settings.vendor_table:
+                (local / "vendors.csv").write_text(options.settings.vendor_table)
+            planned, rejects = _plan(listing, options, earlier, run)
+            if built:
+                return _relabel(options.output, local, planned, listing, built | {"labels": prep["labels"]})
+            chunks = _open_parts(local / "parts", prep, plan.make_shards(planned, options.seed))
+            write = functools.partial(write_shard, settings=options.settings, dataset=dataset, key=key)
+            _write_shards(chunks, write, run, len(rejects))
+            return _merge(options.output, local, chunks, planned, rejects, listing, prep, earlier)
 
-    results = {part: json.loads(Path(f"{part}.json").read_text()) for part in chunks}
-    used = {number for result in results.values() for number in result["used"]}
-    rejects = [reject for reject in rejects if reject["number"] not in used]
-    rejects += [reject for result in results.values() for reject in result["rejects"]]
-    rejects.sort(key=lambda reject: reject["number"])
+
+def _dry_run(listing: Listing, options: BuildOptions, earlier: "_Earlier", run: Callable) -> dict:
+    planned, rejects = _plan(listing, options, earlier, run)
+    shards = plan.make_shards(planned, options.seed)
+    log.info("%d images and volumes: %s", len(planned), count_by(p.header.kind for p in planned))
+    log.info("rejected: %s", count_by(r["code"] for r in rejects) or "none")
+    log.info("shards: %s", ", ".join(f"{len(chunks)} {split}" for split, chunks in shards.items()))
+    sizes = {s: sum(len(p.header.frames) for chunk in shards[s] for p in chunk) for s in shards}
+    return _counts(listing.rows, rejects, sizes)
+
+
+@contextmanager
+def _locked(output: Path, local: Path) -> Iterator[None]:
+    """One build at a time: two would mix their shards."""
+    try:
+        for folder in (output, local):
+            folder.mkdir(parents=True, exist_ok=True)
+        (local / "lock").touch()
+    except OSError as error:
+        raise UserError(f"cannot write to {output} ({error.strerror}); give another --output") from error
+    try:
+        with open(local / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"another build is writing {output}; wait for it") from error
+            yield
+    finally:
+        with suppress(OSError):
+            output.rmdir()  # empty: the build failed
+
+
+def _write_shards(chunks: dict[Path, list[Planned]], write: Callable, run: Callable, failed: int) -> None:
+    """Write the parts that are not there yet."""
+    todo = {part: chunk for part, chunk in chunks.items() if not is_written(part)}
+    count = {part: sum(len(p.members or [p]) for p in chunk) for part, chunk in chunks.items()}
+    start = sum(count.values()) - sum(count[part] for part in todo)
+    with tqdm(total=sum(count.values()), initial=start, desc="images", unit="file", mininterval=1) as bar:
+        for done in run(write, list(todo), list(todo.values())):
+            failed += done["rejects"]
+            bar.set_postfix(rejected=failed, refresh=False)
+            bar.update(done["files"])
+
+
+def _merge(output: Path, local: Path, chunks: dict[Path, list[Planned]], planned: list[Planned],
+           rejects: list[dict], listing: Listing, prep: dict, earlier: "_Earlier") -> dict:  # fmt: skip
+    """Finished parts -> data set, part by part: all rows at once would not fit. Returns the counts."""
+    parts, used, fallbacks, failed = {}, set(), 0, {r["number"]: r for r in rejects}
+    for part in chunks:
+        result = json.loads(Path(f"{part}.json").read_text())
+        parts[part] = result["rows"][0]["split"] if result["rows"] else "", len(result["rows"])
+        failed |= {r["number"]: r for r in result["rejects"]}
+        used |= set(result["used"])
+        fallbacks += sum("decoder_fallback" in row["flags"] for row in result["rows"])
+    rejects = [failed[number] for number in sorted(failed.keys() - used)]
     merge.write_lines(local / "rejects.jsonl", rejects)
     for reject in rejects:
         log.warning("input %d rejected: %s", reject["number"], reject["code"])
-    by_number = _by_number(planned)
-    rows = [row for result in results.values() for row in result["rows"]]
-    if not rows:
+    if fallbacks:
+        log.warning("%d records: the first decoder's result was refused (flag decoder_fallback)", fallbacks)
+    sizes = {s: sum(count for split, count in parts.values() if split == s) for s in records.SPLITS}
+    if not sum(sizes.values()):
         shutil.rmtree(local / "parts")
         raise UserError(
             f"none of {len(listing.rows)} input files is usable ({count_by(r['code'] for r in rejects)}); "
             f"reasons are in {local / 'rejects.jsonl'}"
         )
-    index = merge.index_rows(rows, by_number, earlier.pixels)
-    sizes = {split: sum(row["split"] == split for row in index) for split in records.SPLITS}
     prep["counts"] = _counts(listing.rows, rejects, sizes)
     prep["rejects"] = dict(sorted(Counter(reject["code"] for reject in rejects).items()))
-    prep["decoder_fallbacks"] = sum("decoder_fallback" in row["flags"] for row in index)
-    files = [facts for result in results.values() for facts in result["files"]]
-    merge.write_lines(local / "manifest.jsonl", merge.manifest(index, files, listing.rows))
-    parts = {part: result["rows"] for part, result in results.items()}
-    merge.finish(options.output, parts, index, by_number, listing, prep)
+    by_number, first = _by_number(planned), dict(earlier.pixels)
+
+    def groups() -> Iterator[list[dict]]:
+        with open(local / "manifest.jsonl.tmp", "w") as manifest:
+            for part in chunks:
+                result = json.loads(Path(f"{part}.json").read_text())
+                for line in merge.manifest(result["rows"], result["files"], listing.rows):
+                    manifest.write(json.dumps(line) + "\n")
+                yield merge.index_rows(result["rows"], by_number, first)
+        (local / "manifest.jsonl.tmp").replace(local / "manifest.jsonl")
+
+    merge.finish(output, parts, groups(), by_number, listing, prep)
     shutil.rmtree(local / "parts")
     return prep["counts"]
 
@@ -139,22 +190,31 @@ class _Earlier:
 
     def __init__(self, folders: tuple[Path, ...], key: bytes, dataset: str):
         self.key, self.dataset, self.splits, self.pixels = key, dataset, {}, {}
-        self.inputs = []
         for folder in folders:
             prep = records.read_prep(folder)
-            if (name := prep["settings"]["dataset"]) != dataset:
+            name, other = prep["settings"]["dataset"], ""
+            if name != dataset:
+                other = f"of --dataset {name}, this is {dataset}"
+            elif prep["key_check"] != _key_check(key):
+                other = "built with another --key"
+            if other:
                 raise UserError(
-                    f"--previous {folder} is of --dataset {name}, this is {dataset}: one patient would get "
-                    "two ids; deliveries of one archive need one name"
+                    f"--previous {folder} is {other}: one patient would get two ids; deliveries of one "
+                    "archive need one name and one key"
                 )
-            self.inputs.append(prep["inputs"])
-            columns = ["patient_id", "split", "pixel_hash", "image_id"]
-            for row in pq.read_table(folder / "index.parquet", columns=columns).to_pylist():
-                self.splits.setdefault(row["patient_id"], row["split"])
-                self.pixels.setdefault(row["pixel_hash"], row["image_id"])
+            columns = ["patient_id", "split", "pixel_hash", "image_id", "volume_id"]
+            for batch in pq.ParquetFile(folder / "index.parquet").iter_batches(columns=columns):
+                for row in batch.to_pylist():
+                    self.splits.setdefault(row["patient_id"], row["split"])
+                    self.pixels.setdefault(row["pixel_hash"], (row["image_id"], row["volume_id"]))
 
     def split(self, patient: str) -> str | None:
         return self.splits.get(hash_id(self.key, self.dataset, "patient", patient)) if self.splits else None
+
+
+def _key_check(key: bytes) -> str:
+    """Equal where two data sets have ids of one key."""
+    return hash_id(key, "", "key check", "")
 
 
 def _plan(
@@ -164,22 +224,21 @@ def _plan(
     headers, rejects = _scan_headers(listing.rows, options.settings, run)
     files = [plan.identify(number, listing.rows[number], header) for number, header in headers.items()]
     planned, repeats = plan.drop_repeats(files, options.settings.for_processing == "keep")
-    planned = plan.group_slices(planned)
     plan.assign_splits(planned, options.split, options.seed, earlier.split)
     for p in planned:
         for spare in p.spares:
-            spare.split = p.split
-    return planned, rejects + repeats
+            spare.split, spare.patient, spare.study = p.split, p.patient, p.study
+    return plan.group_slices(planned), rejects + repeats
 
 
 def _by_number(planned: list[Planned]) -> dict[int, Planned]:
     """Every file that may have become records, by its number. Slices of a volume have the volume's labels."""
     found = {}
     for p in planned:
-        for one in (p, *p.spares):
-            found[one.number] = one
-        for member in p.members:
-            found[member.number] = replace(member, row=replace(member.row, labels=p.row.labels))
+        known = {"labels": p.row.labels, "findings": p.row.findings}
+        found |= {one.number: replace(one, row=replace(one.row, **known)) for one in (p, *p.spares)}
+        for one in (one for member in p.members for one in (member, *member.spares)):
+            found[one.number] = replace(one, row=replace(one.row, labels=p.row.labels))
     return found
 
 
@@ -202,23 +261,38 @@ def _relabel(output: Path, local: Path, planned: list[Planned], listing: Listing
         line = json.loads(line)
         for image_id, frame in zip(line["image_ids"], line["frames"], strict=True):
             origin[image_id] = {"number": line["number"], "source_frame": frame, **line["source"]}
-    rows, by_number = [], _by_number(planned)
-    for row in pq.read_table(output / "index.parquet").to_pylist():
-        row = {name: value for name, value in row.items() if not name.startswith("label_")}
-        row |= origin[row["image_id"]]
-        rows.append(row | by_number[row["number"]].row.labels)
-    (output / "prep.json").unlink()
-    merge.write_tables(output, rows, by_number, listing, prep)
+    by_number = _by_number(planned)
+    if lost := sorted({source["number"] for source in origin.values()} - by_number.keys()):
+        raise UserError(
+            f"{output} is built with other labels, but {len(lost)} of its files are no longer usable (the "
+            f"first is input {lost[0]}); give a new output folder"
+        )
+
+    def groups() -> Iterator[list[dict]]:
+        for batch in pq.ParquetFile(output / "index.parquet").iter_batches():
+            rows = [row | origin[row["image_id"]] for row in batch.to_pylist()]
+            plain = [{k: v for k, v in row.items() if not k.startswith("label_")} for row in rows]
+            yield [row | by_number[row["number"]].row.labels for row in plain]
+
+    merge.write_tables(output, groups(), by_number, listing, prep)
     log.info("only labels differ: index, findings and labels are written again, the shards stay")
     return prep["counts"]
 
 
-def _list(options: BuildOptions) -> Listing:
+def _list(options: BuildOptions, local: Path) -> Listing:
+    """What the source lists, in the order of names, so that the order of --input makes no difference."""
     source = _source(options.source)
     if options.columns and options.source != "folder":
         raise UserError(f"--columns is for --source folder; {options.source} has its own columns")
+    for path in map(Path, options.inputs):
+        if path.is_dir() and any(o.resolve().is_relative_to(path.resolve()) for o in (options.output, local)):
+            raise UserError(
+                f"output {options.output} lies in the input {path}, of which it would become a part"
+            )
     extra = (options.columns,) if options.columns else ()
-    return source.list_files([Path(p) for p in options.inputs], *extra)
+    listing = source.list_files([Path(p) for p in options.inputs], *extra)
+    listing.rows.sort(key=lambda row: row.name)
+    return listing
 
 
 def _source(name: str):
@@ -237,14 +311,22 @@ def _describe(options: BuildOptions, dataset: str, listing: Listing, key: bytes,
     packages = ("numpy", "pydicom", "imagecodecs", "array-record", "tensorflow-datasets")
     settings = asdict(options.settings)
     settings |= {"source": options.source, "dataset": dataset, "seed": options.seed, "split": options.split}
+    if options.settings.vendor_table:  # the user's words stay with the user: DIR.local/vendors.csv
+        settings["vendor_table"] = hash_id(b"table", "", "", options.settings.vendor_table)
+    before = sorted(earlier.splits.items()), sorted(earlier.pixels)
     return {
         "schema_version": records.SCHEMA_VERSION,
         "settings": json.loads(json.dumps(settings)),
-        "inputs": hash_id(key, dataset, "inputs", repr((listed, earlier.inputs))),
+        "inputs": hash_id(key, dataset, "inputs", repr((listed, before))),
         "labels": hash_id(key, dataset, "labels", repr((labels, listing.labels))),
         "terms": {dataset: listing.terms},
         "no_release": [dataset] if listing.no_release else [],
-        "versions": {"opencv": cv2.__version__, "python": platform.python_version()}
+        "key_check": _key_check(key),
+        "versions": {
+            "mammodino_jax": __version__,
+            "opencv": cv2.__version__,
+            "python": platform.python_version(),
+        }
         | {name: version(name) for name in packages},
     }
 
@@ -337,16 +419,16 @@ def _dask(options: BuildOptions) -> Iterator:
     except ImportError as error:
         raise UserError("--dask needs dask.distributed: pip install 'mammodino-jax[dask]'") from error
     logging.getLogger("distributed").setLevel(logging.ERROR)  # it warns of its own end
-    try:
-        if options.dask == "local":
-            settings = dict(n_workers=options.workers, threads_per_worker=1, dashboard_address=None)
-            cluster = distributed.LocalCluster(**settings)
-            with cluster, distributed.Client(cluster) as client:
-                yield client.get_executor()
-        else:
-            with distributed.Client(options.dask, timeout=20) as client:
-                yield client.get_executor()
-    except OSError as error:
-        raise UserError(f"no Dask scheduler answers at {options.dask} ({error})") from error
-    except distributed.scheduler.KilledWorker as error:
-        raise UserError(f"Dask workers died ({error}); finished shards are kept, run it again") from error
+    with ExitStack() as stack:
+        address = options.dask
+        try:
+            if address == "local":
+                settings = dict(n_workers=options.workers, threads_per_worker=1, dashboard_address=None)
+                address = stack.enter_context(distributed.LocalCluster(**settings))
+            client = stack.enter_context(distributed.Client(address, timeout=20))
+        except (OSError, ValueError) as error:
+            raise UserError(f"no Dask scheduler answers at {options.dask} ({error})") from error
+        try:
+            yield client.get_executor()
+        except distributed.scheduler.KilledWorker as error:
+            raise UserError(f"Dask workers died ({error}); finished shards are kept, run it again") from error

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -26,35 +27,36 @@ def is_ours(name: str) -> bool:
     return name.removesuffix(".tmp") in _FILES or name.startswith(f"{records.NAME}-")
 
 
-def index_rows(rows: list[dict], planned: dict[int, Planned], earlier: dict[str, str]) -> list[dict]:
-    """Index rows in record order, with labels and marked duplicates.
+def index_rows(rows: list[dict], planned: dict[int, Planned], first: dict[str, tuple]) -> list[dict]:
+    """Index rows of a shard, with labels and marked duplicates.
 
     Args:
-      rows: rows of all shards.
+      rows: the shard's rows.
       planned: by number of input.
-      earlier: {pixel_hash: image_id} of earlier deliveries.
+      first: {pixel_hash: (image_id, volume_id)} of the records before these; theirs are added.
     """
-    first_with, out = {}, []
+    out = []
     for row in rows:
-        first = first_with.setdefault(row["pixel_hash"], row)
+        image_id, volume_id = first.setdefault(row["pixel_hash"], (row["image_id"], row["volume_id"]))
         # Slices of one volume may be equal (blank ends); a volume stays whole.
-        other = first is not row and (row["volume_id"] is None or row["volume_id"] != first["volume_id"])
-        same = first["image_id"] if other else earlier.get(row["pixel_hash"])
-        out.append(row | {"duplicate_of": same} | planned[row["number"]].row.labels)
+        other = image_id != row["image_id"] and (volume_id is None or volume_id != row["volume_id"])
+        same = {"duplicate_of": image_id if other else None}
+        out.append(row | same | planned[row["number"]].row.labels)
     return out
 
 
-def manifest(index: list[dict], files: list[dict], rows: list[Row]) -> list[dict]:
-    """A line a file that became records: number, path, checksum, decoder, warnings, and its records."""
+def manifest(rows: list[dict], files: list[dict], listed: list[Row]) -> list[dict]:
+    """A line a file of a shard: number, path, checksum, decoder, warnings, and its records."""
     lines = {}
-    for f in files:
-        path = str(rows[f["number"]].path.absolute())
-        lines[f["number"]] = f | {"path": path, "image_ids": [], "frames": []}
-    for row in index:
-        lines[row["number"]]["image_ids"].append(row["image_id"])
-        lines[row["number"]]["frames"].append(row["source_frame"])
-        lines[row["number"]]["source"] = {name: row[name] for name in ("source_height", "source_width")}
-    return [lines[number] for number in sorted(lines)]
+    for facts in files:
+        path = str(listed[facts["number"]].path.absolute())
+        lines[facts["number"]] = facts | {"path": path, "image_ids": [], "frames": []}
+    for row in rows:
+        line = lines[row["number"]]
+        line["image_ids"].append(row["image_id"])
+        line["frames"].append(row["source_frame"])
+        line["source"] = {name: row[name] for name in ("source_height", "source_width")}
+    return list(lines.values())
 
 
 def findings_rows(index: list[dict], planned: dict[int, Planned]) -> list[dict]:
@@ -97,40 +99,50 @@ def _record_box(finding: dict, row: dict) -> dict:
     return {"record_y0": y0, "record_x0": x0, "record_y1": y1, "record_x1": x1}
 
 
-def finish(output: Path, parts: dict[Path, list[dict]], index: list[dict], planned: dict[int, Planned],
-           listing: Listing, prep: dict) -> None:  # fmt: skip
+def finish(output: Path, parts: dict[Path, tuple[str, int]], groups: Iterable[list[dict]],
+           planned: dict[int, Planned], listing: Listing, prep: dict) -> None:  # fmt: skip
     """Put the shards in place and write everything beside them; prep.json last, so that it means complete.
 
-    `parts`: the rows of each shard."""
-    output.mkdir(parents=True, exist_ok=True)
+    Args:
+      output: the data set.
+      parts: {part: (split, number of records)}.
+      groups: index rows, part by part; a million of them at once would not fit.
+      planned: by number of input.
+      listing, prep: for labels.json and prep.json.
+    """
     for old in output.iterdir():
         old.unlink()  # left by an interrupted merge; foreign files were refused before
     _write_metadata(output, _place_shards(output, parts))
-    write_tables(output, index, planned, listing, prep)
+    write_tables(output, groups, planned, listing, prep)
 
 
-def write_tables(
-    output: Path, index: list[dict], planned: dict[int, Planned], listing: Listing, prep: dict
-) -> None:
-    """Write index, findings, labels and prep.json, each under another name first."""
+def write_tables(output: Path, groups: Iterable[list[dict]], planned: dict[int, Planned], listing: Listing,
+                 prep: dict) -> None:  # fmt: skip
+    """Write index and findings under other names, rename them, then labels and prep.json."""
     label_names = sorted({name for p in planned.values() for name in p.row.labels})
     schema = pa.schema([*records.INDEX, *(pa.field(name, pa.int8()) for name in label_names)])
-    findings = findings_rows(index, planned)
-    for name, rows, columns in (("index", index, schema), ("findings", findings, records.FINDINGS)):
-        temporary = output / f"{name}.parquet.tmp"
-        pq.write_table(pa.Table.from_pylist(rows, columns), temporary)
+    names = {name: output / f"{name}.parquet.tmp" for name in ("index", "findings")}
+    with (
+        pq.ParquetWriter(names["index"], schema) as index,
+        pq.ParquetWriter(names["findings"], records.FINDINGS) as findings,
+    ):
+        for rows in groups:
+            index.write_table(pa.Table.from_pylist(rows, schema))
+            if found := findings_rows(rows, planned):
+                findings.write_table(pa.Table.from_pylist(found, records.FINDINGS))
+    for name, temporary in names.items():
         temporary.replace(output / f"{name}.parquet")
     unknown = {"classes": None, "rule": "as given in labels.csv", "level": "image"}
     _write_json(output / "labels.json", {name: listing.labels.get(name, unknown) for name in label_names})
     _write_json(output / "prep.json", prep)
 
 
-def _place_shards(output: Path, parts: dict[Path, list[dict]]) -> dict[str, list[int]]:
+def _place_shards(output: Path, parts: dict[Path, tuple[str, int]]) -> dict[str, list[int]]:
     """Give the shards their final names, leaving out empty ones; returns the records of each by split. They
     stay under their old names too until the end, for a merge that is interrupted."""
     lengths = {}
     for split in records.SPLITS:
-        filled = [part for part, rows in parts.items() if rows and rows[0]["split"] == split]
+        filled = [part for part, (where, count) in parts.items() if count and where == split]
         for number, part in enumerate(filled):
             target = output / records.shard_name(split, number, len(filled))
             try:
@@ -138,7 +150,7 @@ def _place_shards(output: Path, parts: dict[Path, list[dict]]) -> dict[str, list
             except OSError:  # a file system without links
                 shutil.copyfile(f"{part}.array_record", target)
         if filled:
-            lengths[split] = [len(parts[part]) for part in filled]
+            lengths[split] = [parts[part][1] for part in filled]
     return lengths
 
 

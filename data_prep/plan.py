@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from data_prep.header import Header, Reject, stack_headers
 from mammodino_jax.data.records import SPLITS
@@ -87,9 +87,11 @@ class Planned:
         return self.row.view or self.header.view
 
     @property
-    def exposure(self) -> tuple:
-        """Equal for the FOR PROCESSING and the FOR PRESENTATION form of an image."""
-        return self.patient, self.study, self.laterality, self.view
+    def exposure(self) -> tuple | None:
+        """Equal for the FOR PROCESSING and the FOR PRESENTATION form of an image; None where side or view are
+        unknown."""
+        known = self.laterality and self.view
+        return (self.patient, self.study, self.header.kind, self.laterality, self.view) if known else None
 
 
 def with_table(header: Header, row: Row | None) -> Header:
@@ -109,7 +111,9 @@ def with_table(header: Header, row: Row | None) -> Header:
 
 def identify(number: int, row: Row, header: Header) -> Planned:
     header = with_table(header, row)
-    patient = row.patient or header.patient or header.study or row.name.rsplit(".", 1)[0]
+    patient = (
+        row.patient or header.patient or header.study or row.name.removesuffix(PurePosixPath(row.name).suffix)
+    )
     study = row.study or header.study or patient
     return Planned(number, row, header, patient, study, header.instance or row.name)
 
@@ -130,23 +134,49 @@ def drop_repeats(planned: list[Planned], keep_raw: bool = False) -> tuple[list[P
     Returns:
       The files to keep, and the lines of rejects.jsonl for the others.
     """
-    whole: dict[str, Planned] = {}  # of equal instances the largest file: the other may be cut off
+    copies: dict[tuple, list[Planned]] = {}  # poor anonymisers give one UID to many patients
     for p in planned:
-        if p.image not in whole or p.row.path.stat().st_size > whole[p.image].row.path.stat().st_size:
-            whole[p.image] = p
-    shown = {p.exposure: p for p in planned if not p.header.for_processing and whole[p.image] is p}
+        copies.setdefault((p.image, p.header.patient), []).append(p)
+    whole, seen = {}, set()
+    for (image, _), group in copies.items():
+        best = max(group, key=lambda p: p.row.path.stat().st_size)  # the others may be cut off
+        if len(group) > 1:
+            best = _join_rows(best, group)
+        if image in seen:  # of another patient
+            best.image = f"{image}\0{best.header.patient}"
+        seen.add(image)
+        whole |= {p.number: best for p in group}
+    shown: dict[tuple, list[Planned]] = {}
+    for p in planned:
+        if not p.header.for_processing and whole[p.number].number == p.number and p.exposure:
+            shown.setdefault(p.exposure, []).append(whole[p.number])
     kept, rejects = [], []
     for p in planned:
-        if whole[p.image] is not p:
-            other, code, what = whole[p.image], "duplicate", "same SOP instance as input {}"
-        elif p.header.for_processing and not keep_raw and p.exposure in shown:
-            other, code, what = shown[p.exposure], "for_processing", "its FOR PRESENTATION image is input {}"
+        if whole[p.number].number != p.number:
+            other, code, what = whole[p.number], "duplicate", "same SOP instance as input {}"
+        elif p.header.for_processing and not keep_raw and shown.get(p.exposure):
+            other = shown[p.exposure].pop(0)
+            code, what = "for_processing", "its FOR PRESENTATION image is input {}"
         else:
-            kept.append(p)
+            kept.append(whole[p.number])
             continue
         other.spares.append(p)
         rejects.append(reject_line(p.number, p.row, Reject(code, what.format(other.number))))
     return kept, rejects
+
+
+def _join_rows(best: Planned, group: list[Planned]) -> Planned:
+    """The best copy of an image, with what the tables say of any copy. Raises UserError where they differ."""
+    row = best.row
+    for other in (p.row for p in group if p is not best):
+        for name in ("patient", "study", "laterality", "view", "split", "kind"):
+            mine, theirs = getattr(row, name), getattr(other, name)
+            if None not in (mine, theirs) and mine != theirs:
+                raise UserError(f"two copies of input {best.number} have different {name} in the tables")
+            row = replace(row, **{name: mine if theirs is None else theirs})
+        labels = other.labels | {k: v for k, v in row.labels.items() if v is not None}
+        row = replace(row, labels=labels, findings=row.findings or other.findings)
+    return identify(best.number, row, best.header)
 
 
 def group_slices(planned: list[Planned]) -> list[Planned]:
@@ -161,13 +191,12 @@ def group_slices(planned: list[Planned]) -> list[Planned]:
             form = (h.rows, h.columns, h.bits, h.signed, h.inverted, h.slope, h.intercept, h.for_processing)
             volumes.setdefault((p.patient, h.series, p.laterality, p.view, *form), []).append(p)
     joined, inside = {}, set()
-    for (_, series, *rest), members in volumes.items():
+    for members in volumes.values():
         if len(members) > 1:
             labels = {}
             for m in reversed(members):
                 labels |= {k: v for k, v in m.row.labels.items() if v is not None or k not in labels}
-            first = members[0]
-            name = f"{series}/{rest[0]}/{rest[1]}"
+            first, name = members[0], min(m.image for m in members)
             header = stack_headers([m.header for m in members])
             row = replace(first.row, labels=labels)
             joined[first.number] = replace(first, image=name, header=header, row=row, members=members)
@@ -212,7 +241,9 @@ def assign_splits(
             raise UserError("the tables put one patient both into test and not into test")
     rest = {p.patient: _digest(seed, "split", p.patient) for p in planned if p.patient not in splits}
     _draw({k: v for k, v in rest.items() if k not in no_test}, shares, splits)
-    learn = max(shares[0] + shares[1], 1e-9)
+    if no_test - splits.keys() and not shares[0] + shares[1]:
+        raise UserError("the data set has patients for training; --split leaves nothing for train and val")
+    learn = shares[0] + shares[1] or 1
     _draw({k: v for k, v in rest.items() if k in no_test}, (shares[0] / learn, shares[1] / learn, 0), splits)
     for p in planned:
         p.split = splits[p.patient]
@@ -225,8 +256,10 @@ def _draw(rest: dict[str, bytes], shares: tuple[float, float, float], splits: di
         cuts = shares[0], shares[0] + shares[1]
     else:
         places = {patient: rank for rank, patient in enumerate(sorted(rest, key=rest.get))}
-        val, test = (max(round(share * len(rest)), int(share > 0 and len(rest) > 2)) for share in shares[1:])
-        cuts = len(rest) - val - test, len(rest) - test
+        counts = [max(round(share * len(rest)), int(share > 0 and len(rest) > 2)) for share in shares]
+        largest = shares.index(max(shares))
+        counts[largest] += len(rest) - sum(counts)
+        cuts = counts[0], counts[0] + counts[1]
     splits |= {patient: SPLITS[(place >= cuts[0]) + (place >= cuts[1])] for patient, place in places.items()}
 
 
@@ -245,7 +278,7 @@ def make_shards(planned: list[Planned], seed: int) -> dict[str, list[list[Planne
 
 
 def _digest(seed: int, purpose: str, original: str) -> bytes:
-    return hashlib.sha256(f"{seed}\0{purpose}\0{original}".encode()).digest()
+    return hashlib.sha256(f"{seed}\0{purpose}\0{original}".encode(errors="surrogateescape")).digest()
 
 
 def count_by(values: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from data_prep import window
-from data_prep.header import Header, Reject, stack_headers
+from data_prep.header import MAX_SIDE, Header, Reject, stack_headers
 from data_prep.mask import Tissue, find_tissue, thumbnail
 from data_prep.plan import Row, with_table
 from data_prep.read import Frames, Stack, is_j2k, scan
@@ -241,6 +241,8 @@ def _output_size(box: tuple[int, int, int, int], header: Header, settings: Setti
         raise Reject("no_spacing", "pixel spacing unknown, needed by --mm-per-px")
     else:
         scale = header.pixel_mm / settings.mm_per_px
+        if max(height, width) * scale > MAX_SIDE:
+            raise Reject("too_large", f"a record of {max(height, width) * scale:.0f} px")
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 

@@ -10,6 +10,7 @@ leaves this module.
 
 import functools
 import io
+import logging
 import struct
 import warnings
 import zlib
@@ -28,6 +29,7 @@ from pydicom.encaps import get_frame
 from data_prep.header import MAX_PIXELS, MAX_SIDE, Header, Reject, read_header
 from data_prep.settings import Settings
 
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # it quotes header values
 INFLATED_MAX = 1 << 29  # bytes of a deflated file: pydicom holds three copies of them
 MAX_TILES = 4096  # of a JPEG 2000 stream; decoders keep some kB for each
 _MAGIC = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"P5": "pgm", b"P2": "pgm",
@@ -48,7 +50,7 @@ _CODECS = (  # of imagecodecs; jpeg8 reads all of JPEG, jpeg2k also HTJ2K
 
 
 @contextmanager
-def _rejecting(code: str, notes: list[str] | None = None) -> Iterator[None]:
+def rejecting(code: str, notes: list[str] | None = None) -> Iterator[None]:
     """Whatever a parser or a decoder throws at a broken file becomes a `Reject`. Warnings go to `notes`: they
     quote header values, which must not reach a log."""
     try:
@@ -77,11 +79,11 @@ def scan(path: Path, settings: Settings) -> Header:
     """
     if not path.is_file():
         raise Reject("missing", "listed in the tables, but not there")
-    with _rejecting("not_dicom"):
+    with rejecting("not_dicom"):
         is_dicom = _sniff(path) == "dicom"
     if not is_dicom:
         return Header(kind=settings.kind, rows=0, columns=0)
-    with _rejecting("truncated"):
+    with rejecting("truncated"):
         _check_syntax(path)
         header = read_header(
             pydicom.dcmread(path, force=True, stop_before_pixels=True), settings.vendor_table
@@ -110,7 +112,7 @@ class Frames:
         self.decoder, self.fallbacks, self.notes = "", 0, []
         self._last = None, None  # (index, frame): a 2D image is asked for twice, for its mask and its record
         if header.syntax:
-            with _rejecting("truncated", self.notes):
+            with rejecting("truncated", self.notes):
                 self._find_pixels()
 
     def __len__(self) -> int:
@@ -118,7 +120,7 @@ class Frames:
 
     def __getitem__(self, index: int) -> np.ndarray:
         if self._last[0] != index:
-            with _rejecting("decode_error", self.notes):
+            with rejecting("decode_error", self.notes):
                 self._last = index, self._read(self.header.frames[index])
         return self._last[1]
 

@@ -89,7 +89,9 @@ def write_report(folder: Path, output: Path | None = None, samples: int = 24, se
     """
     prep = records.read_prep(folder)
     output = local_folder(folder) / "report.html" if output is None else Path(output)
-    if output.absolute().is_relative_to(Path(folder).absolute()):
+    if output.is_dir():
+        raise UserError(f"output {output} is a folder; name a file")
+    if output.resolve().is_relative_to(Path(folder).resolve()):
         raise UserError(f"output {output} lies in the data set; pictures of source files may not be shared")
     rng = np.random.default_rng(seed)
     items, slices, labels = read_items(folder)

@@ -29,16 +29,16 @@ def write_shard(part: Path, files: list[Planned], settings: Settings, dataset: s
     temporary = Path(f"{part}.array_record.tmp")
     writer = ArrayRecordWriter(str(temporary), "group_size:1")
     for planned in files:
-        for attempt in (planned, *planned.spares):
-            # Only now: a volume that breaks off in its last slice leaves nothing behind, and a disk that is
-            # full ends the build.
-            if found := _try(attempt, settings, dataset, key, done["rejects"]):
-                for row, record in found:
-                    done["rows"].append(row)
-                    writer.write(record)
-                done["files"] += _file_facts(attempt, {row["number"]: row for row, _ in found})
-                done["used"] += [attempt.number] if attempt is not planned else []
-                break
+        found = _try(planned, settings, dataset, key, done["rejects"])
+        # Only now: a volume that breaks off in its last slice leaves nothing behind, and a disk that is full
+        # ends the build.
+        for row, record in found:
+            done["rows"].append(row)
+            writer.write(record)
+        rows = {row["number"]: row for row, _ in found}
+        members = planned.members or [planned]
+        done["used"] += sorted(rows.keys() - {m.number for m in members})
+        done["files"] += _file_facts([f for m in members for f in (m, *m.spares) if f.number in rows], rows)
     writer.close()
     temporary.replace(f"{part}.array_record")
     Path(f"{part}.json.tmp").write_text(json.dumps(done))
@@ -51,19 +51,23 @@ def is_written(part: Path) -> bool:
 
 
 def _try(p: Planned, settings: Settings, dataset: str, key: bytes, rejects: list[dict]) -> list[tuple]:
-    """The (index row, record) pairs of an image or a volume; empty where it is unusable. A volume of one
-    file a slice goes on without the files that are; lines of rejects.jsonl are appended to `rejects`."""
-    members = p.members or [p]
-    while members:
+    """The (index row, record) pairs of an image or a volume; empty where it is unusable.
+
+    A file that is gives its place to its spares. A volume of one file a slice goes on without it where it has
+    none. Lines of rejects.jsonl are appended to `rejects`.
+    """
+    slots = [[member, *member.spares] for member in p.members or [p]]
+    while slots:
         try:
-            return list(_records(p, members, settings, dataset, key))
+            return list(_records(p, [slot[0] for slot in slots], settings, dataset, key))
         except Exception as error:  # one odd file must not end a build of a million
             if not isinstance(error, Reject):
                 error = Reject("failed", f"{type(error).__name__}: {error}")
-            alone = error.member is not None and len(members) > 1
-            at_fault = [members[error.member]] if alone else members
-            rejects += [reject_line(m.number, m.row, error) for m in at_fault]
-            members = [m for m in members if m not in at_fault]
+            at_fault = slots if error.member is None else [slots[error.member]]
+            rejects += [reject_line(slot[0].number, slot[0].row, error) for slot in at_fault]
+            for slot in at_fault:
+                del slot[0]
+            slots = [slot for slot in slots if slot]
     return []
 
 
@@ -91,15 +95,13 @@ def _records(p: Planned, members: list[Planned], settings: Settings, dataset: st
         yield row, records.encode(image, image_id)
 
 
-def _file_facts(p: Planned, rows: dict[int, dict]) -> list[dict]:
+def _file_facts(files: list[Planned], rows: dict[int, dict]) -> list[dict]:
     """What the manifest says of each file that became records: bit rot in a decoded file shows in no other
     way than by its checksum."""
     facts = []
-    for member in p.members or [p]:
-        if member.number in rows:
-            with open(member.row.path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            row = rows[member.number]
-            said = {"decoder": row["decoder"], "warnings": row["notes"]}
-            facts.append({"number": member.number, "sha256": digest} | said)
+    for p in files:
+        with open(p.row.path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        said = {"decoder": rows[p.number]["decoder"], "warnings": rows[p.number]["notes"]}
+        facts.append({"number": p.number, "sha256": digest} | said)
     return facts

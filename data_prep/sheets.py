@@ -29,6 +29,9 @@ class Sources:
         """`slices`: image_id, volume_id, slice_index of all records; `shown`: the items to be asked for."""
         values = {field.name: settings[field.name] for field in dataclasses.fields(Settings)}
         values["size"] = values["size"] and tuple(values["size"])
+        if values["vendor_table"]:  # prep.json has its checksum only
+            table = local_folder(folder) / "vendors.csv"
+            values["vendor_table"] = table.read_text() if table.is_file() else ""
         self.settings, self.ids = Settings(**values), {}
         for item in shown:
             ids = [item["image_id"]]

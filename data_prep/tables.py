@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,22 @@ def only_folder(inputs: list[Path], source: str) -> Path:
         given = ", ".join(map(str, inputs))
         raise UserError(f"--source {source} takes one --input folder, the root of the data set; got {given}")
     return inputs[0]
+
+
+def walk(root: Path) -> list[Path]:
+    """All files below a folder, through links too, in the order of names, hidden ones left out. Raises
+    UserError where a folder cannot be read: nothing may be missed in silence."""
+
+    def unreadable(error: OSError):
+        raise UserError(f"folder {error.filename} cannot be read ({error.strerror})")
+
+    found, seen = [], set()
+    for folder, below, names in os.walk(root, followlinks=True, onerror=unreadable):
+        real = os.path.realpath(folder)
+        below[:] = sorted(name for name in below if name[0] != ".") if real not in seen else []
+        found += [Path(folder, name) for name in names if name[0] != "."] if real not in seen else []
+        seen.add(real)
+    return sorted(path for path in found if path.is_file())
 
 
 def find_table(root: Path, *patterns: str) -> Path:
@@ -42,10 +59,17 @@ def read_table(path: Path, needed: tuple[str, ...], delimiter: str = ",") -> Ite
             if name not in columns:
                 shown = ", ".join(columns) + "." + suggest(name, columns)
                 raise UserError(f"{path.name}: expected a column {name}, found {shown}")
-        for cells in reader:
+        for cells in _lines(reader, path.name):
             values = {k: (v or "").strip() for k, v in cells.items() if k}
             if any(values.values()):
                 yield f"{path.name} line {reader.line_num}", values
+
+
+def _lines(reader: csv.DictReader, name: str) -> Iterator[dict]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise UserError(f"{name} line {reader.line_num}: {error}") from error
 
 
 def number(text: str, where: str) -> float | None:

@@ -27,6 +27,7 @@ import pydicom
 
 from data_prep.labels import BIRADS_LABELS, IMAGE, NO_YES, birads_labels
 from data_prep.plan import Listing, Row, finding
+from data_prep.read import Reject, rejecting
 from data_prep.tables import find_table, one_of, only_folder, read_table, whole
 from mammodino_jax.errors import UserError
 
@@ -141,16 +142,18 @@ def _finding(folders: dict[str, Path], case: dict, size: tuple[int, int] | None)
 def _size(path: Path) -> tuple[int, int] | None:
     """(rows, columns) by the header; None where it cannot be read."""
     try:
-        header = pydicom.dcmread(path, stop_before_pixels=True)
-        return header.Rows, header.Columns
-    except Exception:  # pydicom raises many kinds; the build says what is wrong with a film
+        with rejecting("truncated"):
+            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
+    except Reject:  # the build says what is wrong with a film
         return None
+    return header.get("Rows"), header.get("Columns")
 
 
 def _mask_box(path: Path) -> tuple[int, int, int, int] | None:
     try:
-        mask = pydicom.dcmread(path).pixel_array != 0
-    except Exception:  # the labels count without the place
+        with rejecting("truncated"):
+            mask = pydicom.dcmread(path).pixel_array != 0
+    except Reject:  # the labels count without the place
         return None
     y, x = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return (y[0], x[0], y[-1] + 1, x[-1] + 1) if len(y) else None

@@ -18,6 +18,7 @@ from pathlib import Path
 import pydicom
 
 from data_prep.plan import Listing, Row
+from data_prep.read import Reject, rejecting
 from data_prep.tables import find_table, one_of, only_folder
 from mammodino_jax.errors import UserError, suggest
 
@@ -59,10 +60,11 @@ def list_files(inputs: list[Path]) -> Listing:
 def _read_header(path: Path) -> tuple[str | None, str]:
     """(PatientID, side) or blanks."""
     try:
-        ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
+        with rejecting("truncated"):
+            ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
         side = str(ds.get("ImageLaterality") or ds.get("Laterality") or "")
         return str(ds.get("PatientID") or "").strip() or None, side.strip().upper()
-    except Exception:  # whatever a broken file raises: the core will say why it is rejected
+    except Reject:  # the build will say why
         return None, ""
 
 

@@ -11,10 +11,13 @@ neither ours nor mapped are then left out, without one they are an error.
 """
 
 import json
+import re
 from pathlib import Path
 
+from data_prep import vendors
+from data_prep.header import VIEWS
 from data_prep.plan import Listing, Row, finding
-from data_prep.tables import number, one_of, read_table, whole
+from data_prep.tables import number, one_of, read_table, walk, whole
 from mammodino_jax.data.records import KINDS, SPLITS
 from mammodino_jax.errors import UserError, suggest
 
@@ -22,6 +25,7 @@ TABLES = ("labels.csv", "labels.json", "findings.csv")
 TERMS = "as agreed with the owner of the files"
 _COLUMNS = ("file", "patient_id", "study_id", "laterality", "view", "split", "kind", "site", "manufacturer",
             "model", "implant", "pixel_mm")  # fmt: skip
+_FINDING = ("file", "category", "birads", "pathology", "shape", "y0", "x0", "y1", "x1", "slice_index")
 
 
 def list_files(inputs: list[Path], columns: dict[str, str] | None = None) -> Listing:
@@ -46,12 +50,14 @@ def list_files(inputs: list[Path], columns: dict[str, str] | None = None) -> Lis
         folder = root if root.is_dir() else root.parent
         prefix = f"{folder.name}/" if len(inputs) > 1 else ""
         listed = {}
-        for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
+        for path in walk(root) if root.is_dir() else [root]:
             name = path.relative_to(folder).as_posix()
-            if path.is_file() and name not in TABLES and not any(part[0] == "." for part in name.split("/")):
+            if name not in TABLES:
                 listed[name] = Row(path, prefix + name)
         if not listed:
             raise UserError(f"input {root} holds no files; {wanted}")
+        if columns and not (root.is_dir() and (root / "labels.csv").is_file()):
+            raise UserError(f"--columns maps the columns of labels.csv, which {root} does not have")
         if root.is_dir():
             _read_labels(folder / "labels.csv", listed, columns)
             _read_findings(folder / "findings.csv", listed)
@@ -67,7 +73,7 @@ def list_files(inputs: list[Path], columns: dict[str, str] | None = None) -> Lis
 
 
 def _is_ours(column: str) -> bool:
-    return column in _COLUMNS or column.startswith("label_")
+    return column in _COLUMNS or re.fullmatch(r"label_[a-z0-9_]{1,40}", column) is not None
 
 
 def _find(where: str, name: str, listed: dict[str, Row]) -> Row:
@@ -100,11 +106,13 @@ def _read_labels(path: Path, listed: dict[str, Row], columns: dict[str, str] | N
 
 def _fill(row: Row, where: str, cells: dict[str, str]) -> None:
     row.patient, row.study = cells.get("patient_id") or None, cells.get("study_id") or None
-    row.view = cells.get("view", "").upper() or None
+    row.view = one_of(cells.get("view", "").upper(), VIEWS, f"{where}, view")
     row.laterality = one_of(cells.get("laterality", "").upper(), ("L", "R"), f"{where}, laterality")
     row.split = one_of(cells.get("split", "").lower(), SPLITS, f"{where}, split")
     row.kind = one_of(cells.get("kind", "").lower(), KINDS, f"{where}, kind")
-    row.site, row.manufacturer, row.model = (cells.get(k) or None for k in ("site", "manufacturer", "model"))
+    row.site = _word(cells.get("site", ""), f"{where}, site", r"[\w.-]+( \d+)?")
+    vendor = vendors.look_up(cells.get("manufacturer", ""), cells.get("model", ""), "")
+    row.manufacturer, row.model = vendor["name"], vendor["model"]
     implant = one_of(cells.get("implant", "").lower(), ("0", "1", "false", "true"), f"{where}, implant")
     row.implant = implant in ("1", "true") if implant else None
     row.pixel_mm = number(cells.get("pixel_mm", ""), f"{where}, pixel_mm")
@@ -116,11 +124,24 @@ def _fill(row: Row, where: str, cells: dict[str, str]) -> None:
 def _read_findings(path: Path, listed: dict[str, Row]) -> None:
     for where, cells in read_table(path, ("file",)) if path.is_file() else ():
         row = _find(where, cells["file"], listed)
-        what = {name: cells.get(name) or None for name in ("category", "birads", "pathology")}
+        for column in cells:
+            if column not in _FINDING:
+                raise UserError(f"findings.csv: unknown column {column}.{suggest(column, _FINDING)}")
+        what = {k: _word(cells.get(k, ""), f"{where}, {k}") for k in ("category", "birads", "pathology")}
         shape = one_of(cells.get("shape", ""), ("box", "circle", "mask"), f"{where}, shape")
         place = {k: number(cells.get(k, ""), f"{where}, {k}") for k in ("y0", "x0", "y1", "x1")}
-        index = whole(cells.get("slice_index", ""), f"{where}, slice_index", high=1 << 30)
+        index = whole(cells.get("slice_index", ""), f"{where}, slice_index", low=0, high=1 << 30)
+        known = [v for v in place.values() if v is not None]
+        if len(known) not in (0, 4) or (known and (known[2] <= known[0] or known[3] <= known[1])):
+            raise UserError(f"{where}: expected y0 < y1 and x0 < x1, or no place at all")
         row.findings.append(finding(**what) | {"shape": shape} | place | {"slice_index": index})
+
+
+def _word(text: str, where: str, pattern: str = r"[A-Za-z][A-Za-z _/-]*|\d[abc]?") -> str | None:
+    """A short term; tables may hold what must not be published, such as remarks with names and dates."""
+    if text and (len(text) > 40 or not re.fullmatch(pattern, text)):
+        raise UserError(f"{where}: expected a short term of letters, not free text: it would be published")
+    return text or None
 
 
 def _read_meanings(path: Path) -> dict[str, dict]:
@@ -130,7 +151,10 @@ def _read_meanings(path: Path) -> dict[str, dict]:
         meanings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"labels.json: not valid JSON ({error})") from error
-    if not isinstance(meanings, dict) or not all(isinstance(v, dict) for v in meanings.values()):
+    shaped = isinstance(meanings, dict) and all(
+        isinstance(v, dict) and isinstance(v.get("classes", []), list | type(None)) for v in meanings.values()
+    )
+    if not shaped:
         expected = '{"label_<name>": {"classes": [...], "rule": "...", "level": "..."}}'
         raise UserError(f"labels.json: expected {expected}")
     return meanings

@@ -23,13 +23,13 @@ def by_name(root: Path, columns=None) -> dict:
 def test_all_columns(root):
     (root / "labels.csv").write_text(
         "file,patient_id,study_id,laterality,view,split,kind,site,manufacturer,model,implant,pixel_mm,label_x\n"
-        "a/1.png,P1,S1,l,mlo,Train,FILM,Ward,ACME,M1,true,0.05,2\n"
+        "a/1.png,P1,S1,l,mlo,Train,FILM,Ward,GE MEDICAL SYSTEMS,Senographe Essential VERSION 1,true,0.05,2\n"
         "a/2.png,P2,,,,,,,,,0,,\n"
     )
     rows = by_name(root)
     row = rows["a/1.png"]
     assert (row.patient, row.study, row.laterality, row.view, row.split) == ("P1", "S1", "L", "MLO", "train")
-    assert (row.kind, row.site, row.manufacturer, row.model) == ("film", "Ward", "ACME", "M1")
+    assert (row.kind, row.site, row.manufacturer, row.model) == ("film", "Ward", "GE", "SENOGRAPHE ESSENTIAL")
     assert row.implant is True and row.pixel_mm == 0.05 and row.labels == {"label_x": 2}
     other = rows["a/2.png"]
     assert other.implant is False and other.labels == {"label_x": None}
