@@ -269,8 +269,9 @@ def _relabel(output: Path, local: Path, planned: list[Planned], listing: Listing
         )
 
     def groups() -> Iterator[list[dict]]:
-        for batch in pq.ParquetFile(output / "index.parquet").iter_batches():
-            rows = [row | origin[row["image_id"]] for row in batch.to_pylist()]
+        index = pq.ParquetFile(output / "index.parquet")
+        for part in range(index.num_row_groups):  # one a shard: volumes are whole
+            rows = [row | origin[row["image_id"]] for row in index.read_row_group(part).to_pylist()]
             plain = [{k: v for k, v in row.items() if not k.startswith("label_")} for row in rows]
             yield [row | by_number[row["number"]].row.labels for row in plain]
 
