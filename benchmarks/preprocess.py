@@ -113,8 +113,7 @@ def write_dicom(
 def chain(path: Path, settings: Settings) -> list[bytes]:
     """All that a build does with one file: its records, in memory, and the file's facts."""
     planned = identify(0, Row(path, path.name), scan(path, settings))
-    found = list(shards._records(planned, [planned], settings, "benchmark", b"k" * 32))
-    shards._file_facts(planned, {row["number"]: row for row, _ in found})
+    found, _ = shards.make_records(planned, settings, "benchmark", b"k" * 32, [])
     return [record for _, record in found]
 
 

@@ -29,16 +29,15 @@ def write_shard(part: Path, files: list[Planned], settings: Settings, dataset: s
     temporary = Path(f"{part}.array_record.tmp")
     writer = ArrayRecordWriter(str(temporary), "group_size:1")
     for planned in files:
-        found = _try(planned, settings, dataset, key, done["rejects"])
+        found, facts = make_records(planned, settings, dataset, key, done["rejects"])
         # Only now: a volume that breaks off in its last slice leaves nothing behind, and a disk that is full
         # ends the build.
         for row, record in found:
             done["rows"].append(row)
             writer.write(record)
-        rows = {row["number"]: row for row, _ in found}
-        members = planned.members or [planned]
-        done["used"] += sorted(rows.keys() - {m.number for m in members})
-        done["files"] += _file_facts([f for m in members for f in (m, *m.spares) if f.number in rows], rows)
+        spared = {f["number"] for f in facts} - {m.number for m in planned.members or [planned]}
+        done["used"] += sorted(spared)
+        done["files"] += facts
     writer.close()
     temporary.replace(f"{part}.array_record")
     Path(f"{part}.json.tmp").write_text(json.dumps(done))
@@ -50,8 +49,11 @@ def is_written(part: Path) -> bool:
     return Path(f"{part}.json").is_file() and Path(f"{part}.array_record").is_file()
 
 
-def _try(p: Planned, settings: Settings, dataset: str, key: bytes, rejects: list[dict]) -> list[tuple]:
-    """The (index row, record) pairs of an image or a volume; empty where it is unusable.
+def make_records(
+    p: Planned, settings: Settings, dataset: str, key: bytes, rejects: list[dict]
+) -> tuple[list[tuple[dict, bytes]], list[dict]]:
+    """The (index row, record) pairs of an image or a volume, and what the manifest says of its files; empty
+    where it is unusable.
 
     A file that is gives its place to its spares. A volume of one file a slice goes on without it where it has
     none. Lines of rejects.jsonl are appended to `rejects`.
@@ -59,7 +61,8 @@ def _try(p: Planned, settings: Settings, dataset: str, key: bytes, rejects: list
     slots = [[member, *member.spares] for member in p.members or [p]]
     while slots:
         try:
-            return list(_records(p, [slot[0] for slot in slots], settings, dataset, key))
+            found = list(_records(p, [slot[0] for slot in slots], settings, dataset, key))
+            return found, _file_facts([slot[0] for slot in slots], {row["number"]: row for row, _ in found})
         except Exception as error:  # one odd file must not end a build of a million
             if not isinstance(error, Reject):
                 error = Reject("failed", f"{type(error).__name__}: {error}")
@@ -68,7 +71,7 @@ def _try(p: Planned, settings: Settings, dataset: str, key: bytes, rejects: list
             for slot in at_fault:
                 del slot[0]
             slots = [slot for slot in slots if slot]
-    return []
+    return [], []
 
 
 def _records(p: Planned, members: list[Planned], settings: Settings, dataset: str, key: bytes) -> Iterator:

@@ -306,8 +306,9 @@ def test_line_07_tomosynthesis(work):
     from benchmarks import preprocess
 
     code = (
-        "import resource, sys; from data_prep.__main__ import main\n"
-        "main(sys.argv[1:]); print('peak MB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)"
+        "import sys; from data_prep.__main__ import main\n"
+        "main(sys.argv[1:]); status = open('/proc/self/status').read()\n"  # ru_maxrss would be the parent's too
+        "print('peak MB', int(status.split('VmHWM:')[1].split()[0]) >> 10)"
     )
     planes = []
     for z in range(60):
@@ -340,7 +341,7 @@ def test_line_07_tomosynthesis(work):
 
 def test_line_08_sources():
     """Every source builds its miniature tree; each published trap has its test."""
-    out = run(sys.executable, "-m", "pytest", "-q", "tests/data_prep/sources", "-vv")
+    out = run(sys.executable, "-m", "pytest", "tests/data_prep/sources", "-vv")
     print(f"\n8. {out.strip().splitlines()[-1]}")
     for trap in ("embed", "cbis", "cmmd", "rsna", "bcs_dbt", "inbreast", "vindr", "mias", "folder"):
         passed = [x for x in out.splitlines() if f"test_{trap}" in x and "PASSED" in x]
@@ -351,7 +352,13 @@ def test_line_08_sources():
 def test_line_09_calcifications(shared, work):
     file = shared / "data/dicom/GH133.dcm"
     out = run(
-        sys.executable, "benchmarks/calcifications.py", "--file", file, "--output", work / "calcifications.md"
+        sys.executable,
+        "-m",
+        "benchmarks.calcifications",
+        "--file",
+        file,
+        "--output",
+        work / "calcifications.md",
     )
     print(f"\n9. {out}")
 
