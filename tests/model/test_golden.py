@@ -118,10 +118,20 @@ def test_one_step_equals_dinov2(path):
     new, norms = jax.jit(apply_gradients, static_argnums=(4,))(state, grads, center, values, r)
     for name, norm in norms.items():
         np.testing.assert_allclose(norm, z[f"gnorm/{name}"], rtol=1e-5, err_msg=name)
+    # Adam's first step divides g by its size: rounding of g shows as a multiple of rounding / |g|. The golden
+    # gradients are float32 themselves, so an element below 2e-6 of its tensor's largest has no reference:
+    # blocks.1.attn.qkv.weight of step_sinkhorn_separate_heads holds -1.447e-7 (largest 0.089), our step gives
+    # -1.205e-7 in float32 and -1.206e-7 in float64, 0.021 of the LR off whatever the implementation.
     for name, p in to_hub(new["student"]).items():
-        big = np.abs(z[f"g/{name}"]) > 1e-7  # below, Adam's first step is a sign of rounding noise
+        g = np.abs(z[f"g/{name}"])
         error = np.abs(p - z[f"p1/student.{name}"])
-        assert error[big].max(initial=0) <= 0.02 * values["lr"], name
+        assert error[g > max(1e-7, 2e-6 * g.max())].max(initial=0) <= 0.02 * values["lr"], name
+    # The same update from the golden gradients has no such excuse: every element above 1e-7.
+    golden_grads = from_hub({name: z[f"g/{name}"] for name in flat})
+    exact, _ = jax.jit(apply_gradients, static_argnums=(4,))(state, golden_grads, center, values, r)
+    for name, p in to_hub(exact["student"]).items():
+        error = np.abs(p - z[f"p1/student.{name}"])
+        assert error[np.abs(z[f"g/{name}"]) > 1e-7].max(initial=0) <= 0.002 * values["lr"], name
     for name, p in to_hub(new["teacher"]).items():
         np.testing.assert_allclose(p, z[f"p1/teacher.{name}"], rtol=0, atol=1e-6, err_msg=name)
     for name, c in new["center"].items():
