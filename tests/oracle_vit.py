@@ -51,6 +51,7 @@ def random_weights(vit: ViTConfig) -> dict[str, np.ndarray]:
 def _transformers(vit, weights, x_BCHW, mask_BN):
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     encoder = Encoder("random", vit, from_hub(weights))
     with tempfile.TemporaryDirectory() as temporary:  # through our exporter: transformers renames in memory
         folder.export(encoder, "hf", Path(temporary) / "hf", "test")
