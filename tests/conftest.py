@@ -12,6 +12,20 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import pytest
 from absl import flags
 
+try:  # before timm, lightly or transformers do: all of them import torchvision
+    import torchvision
+except ModuleNotFoundError:
+    pass  # no torch for this Python: the tests that need it skip
+except RuntimeError:
+    # torchvision's wheel is a CUDA build; beside a CPU torch its operators are missing, and the import fails
+    # on declaring gradients for them. No test calls them: a declaration is enough.
+    import torch
+
+    TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")  # kept: dropping it takes them back
+    for name in ("nms", "qnms"):
+        TORCHVISION.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import torchvision  # noqa: F401
+
 REPO = Path(__file__).resolve().parents[1]
 
 
