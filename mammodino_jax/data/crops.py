@@ -32,6 +32,7 @@ class CropConfig:
     local_scale: tuple[float, float] = (0.05, 0.32)
     # (low, high) side, the root of the window's area, in mm, drawn log-uniformly instead of by scale; None:
     # by scale. Not in the paper. A scale is another size in mm for every breast; None keeps DINOv2's law.
+    # By scale too, and counted, where a record's pixel_mm is unknown; cut to the record where it is smaller.
     global_mm: tuple[float, float] | None = None
     local_mm: tuple[float, float] | None = None
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height

@@ -7,6 +7,7 @@ processes, workers and threads gives the same bytes, and a run resumes from its 
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import cv2
@@ -32,9 +33,7 @@ from mammodino_jax.errors import UserError
 # Purposes of a sample's random numbers. Views are 0, 1 (global) and 2.. (local); these lie far above.
 _MASK, _PAIR, _PAIR_WINDOW, _VOLUMES, _PLAIN_MASK = 1000, 1001, 1002, 1003, 1004
 
-PLAIN_EVERY = (
-    8  # a plain mask is drawn, to be counted, for every so many samples: it takes half a millisecond
-)
+PLAIN_EVERY = 8  # samples; a plain mask, drawn only to be counted, takes half a millisecond
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +149,8 @@ def _paired_volumes(opened: Records, config: PairConfig) -> list[np.ndarray]:
             "%d of %d volumes offer no slice pair at offsets %s %s (too few slices, or unknown positions)",
             len(opened.volumes) - len(paired), len(opened.volumes), config.offsets, config.unit,
         )  # fmt: skip
-    thick = [
-        (opened.slab_mm[v[0]], gap) for v in paired if opened.slab_mm[v[0]] > (gap := _gap(opened, v, config))
-    ]
+    slabs = [(opened.slab_mm[v[0]], _gap(opened, v, config)) for v in paired if opened.slab_mm[v[0]] > 0]
+    thick = [(slab, gap) for slab, gap in slabs if slab > gap]
     if thick:
         logging.warning(
             "%d of %d volumes have slabs thicker than the gap of their closest pairs (for example %.1f and "
@@ -220,7 +218,8 @@ class _Batches:
         metrics += ["mask_lesion"] if len(self.records.lesion_box) else []
         kinds = ("global", "local") if c.local_number else ("global",)
         metrics += [f"{kind}_{metric}" for kind in kinds for metric in _VIEW_METRICS]
-        metrics += [f"{kind}_mm_unknown" for kind in kinds if getattr(c, f"{kind}_mm") is not None]
+        by_mm = [kind for kind in kinds if getattr(c, f"{kind}_mm") is not None]
+        metrics += [f"{kind}_mm_{metric}" for kind in by_mm for metric in ("unknown", "short")]
         if a:
             dedicated = self.pairs.mode == "dedicated"
             shape = (a, 2 if dedicated else 1, c.global_size, c.global_size)
@@ -268,13 +267,17 @@ class _Batches:
             unknown = not pixel_mm > 0  # NaN too: by scale, and counted
             side = None if unknown else (mm[0] / pixel_mm, mm[1] / pixel_mm)
             batch[f"count/{kind}_mm_unknown"][r] = unknown
-        return [
+        windows = [
             draw_window(
                 integral, getattr(c, f"{kind}_scale"), c.ratio, rho, c.hflip,
                 random_generator(self.seed, sample, view), c.sampler, side,
             )
             for view in views
         ]  # fmt: skip
+        if side is not None:  # as large as the record allows; half a pixel a side is rounding
+            short = [math.sqrt(w.height * w.width) < side[0] - 1 for w in windows]
+            batch[f"count/{kind}_mm_short"][r] = np.mean(short)
+        return windows
 
     def _mask_row(self, batch, r: int, sample: int, place: int, integral, windows: list[Window]) -> None:
         rng = random_generator(self.seed, sample, _MASK)
@@ -302,7 +305,7 @@ class _Batches:
             batch["count/mask_coverage"][r] = coverage[mask].mean()
 
     def _dbt_row(self, batch, r: int, i: int, sample: int, volume: np.ndarray) -> None:
-        """Fill row r with slice k of a volume, and pair i with slices k and k +- d in alike windows."""
+        """Fill row r with slice k of a volume, and pair i with slices k and k +- d in like windows."""
         possible = _pairs_of(self.records, volume, self.pairs)
         k, partner = volume[possible[random_generator(self.seed, sample, _PAIR).integers(len(possible))]]
         image, other = self.records.image(k), self.records.image(partner)

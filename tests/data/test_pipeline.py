@@ -241,9 +241,17 @@ def test_sizes_in_mm(make, tmp_path, local_size):
             unknown += not known
             for kind, size, low, high in (("global", 56, 20, 28), ("local", local_size, 5, 10)):
                 assert batch[f"count/{kind}_mm_unknown"][r] == (not known)
+                assert batch[f"count/{kind}_mm_short"][r] == 0 if known else True
                 side = batch[f"count/{kind}_mm_per_px"][r] * size
                 assert low - 0.5 <= side <= high + 0.5 if known else np.isnan(side)
     assert unknown == 5
+    larger = dataclasses.replace(
+        CROPS, global_mm=(55, 60)
+    )  # the first record is 40 x 30 mm, the second 80 x 60
+    for batch in batches(data, crops=larger, batch_size=3, dbt_rows=0):
+        short = dict(zip(batch["patient"].tolist(), batch["count/global_mm_short"].tolist(), strict=True))
+        assert [short[patient_number(f"p-i{p}")] for p in (0.2, 0.4)] == [1, 0]
+        assert np.isnan(short[patient_number("p-iNone")])
 
 
 @pytest.mark.parametrize(("lesions", "masked"), [("always", 1), ("never", 0)])
