@@ -1,5 +1,6 @@
 # make demo: phantoms -> shards -> pretraining -> probe -> export -> demo/report.html
-# make test: lint and tests.  make accept-spine, accept-preprocessing: the acceptance runs at full size.
+# make test: lint and tests.  make accept-spine, accept-preprocessing, accept-learning: the acceptance
+# runs at full size.
 # Each makes .venv and installs what it needs; a second run starts at once.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ DEMO ?= demo
 PATIENTS ?= 40
 TORCH := $(shell grep -s '^torch==' requirements-dev.txt)
 
-.PHONY: demo test test-fast accept-spine accept-preprocessing clean
+.PHONY: demo test test-fast accept-spine accept-preprocessing accept-learning clean
 
 $(VENV)/runtime.stamp: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +48,9 @@ accept-spine: $(VENV)/dev.stamp
 
 accept-preprocessing: $(VENV)/dev.stamp
 	$(PY) -m pytest -s -m accept tests/acceptance/test_preprocessing.py
+
+accept-learning: $(VENV)/dev.stamp
+	$(PY) -m pytest -s -m accept tests/acceptance/test_learning.py
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -11,6 +11,7 @@ below is ours or DINOv2's, with the reason beside it.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder  # unset, of a type
 
 
 def get_config(arg=None):
@@ -28,8 +29,13 @@ def get_config(arg=None):
             local_number=8,
             global_scale=(0.32, 1.0),  # DINOv2
             local_scale=(0.05, 0.32),  # DINOv2
-            global_coverage=0.8,  # rho: on records cropped to the breast, lower values reject next to nothing
-            local_coverage=0.8,
+            global_mm=placeholder(tuple),  # side in mm instead of by scale; unset: DINOv2's law
+            local_mm=placeholder(tuple),
+            # rho, unpublished. Unset: 0.8 on records cropped to the breast, where lower values reject next to
+            # nothing, and 0.5 on full frames, where 0.8 leaves many large windows without any place
+            global_coverage=placeholder(float),
+            local_coverage=placeholder(float),
+            sampler="size_first",  # or "rejection", the paper's; ours keeps DINOv2's law of sizes at any rho
             ratio=(3 / 4, 4 / 3),  # width / height; DINOv2
             hflip=0.5,
             patch=14,
@@ -41,6 +47,7 @@ def get_config(arg=None):
             of="tissue",
             min_coverage=0.5,  # a patch counts as tissue if most of it is
             strength=1.0,  # blocks drawn in proportion to coverage, as the paper words it
+            lesions="ignore",  # no labels needed; "always" and "never" ask whether small lesions matter
         )
     )
     c.pairs = ConfigDict(
@@ -51,6 +58,7 @@ def get_config(arg=None):
             end_share=0.1,
             scale=(0.8, 1.0),  # conservative: nearly the whole breast
             coverage=0.7,  # narrow breasts have no large window of 0.8
+            jitter=0.02,  # ours: the partner's window shifts by less than a patch
         )
     )
     c.model = ConfigDict(

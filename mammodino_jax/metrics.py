@@ -11,6 +11,8 @@ from absl import logging
 from tensorboardX import SummaryWriter
 
 CONSOLE_SECONDS = 5.0  # at most one console line in so many seconds
+WATCHED = 100  # first steps over which rejected crops are averaged
+NOTHING = 0.02  # share of rejected crops under which rho does nothing worth the name
 
 
 class MetricsWriter:
@@ -21,6 +23,7 @@ class MetricsWriter:
         self._began = self._last_console = self._since = time.perf_counter()
         self._wait = self._wait_since = 0.0
         self._steps_since = 0
+        self._rejected = {"global": [], "local": []}
         if not active:
             return
         path = workdir / "metrics.jsonl"
@@ -40,6 +43,8 @@ class MetricsWriter:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         self._steps_since += 1
         r = self._recipe
+        if self._active and step - self._start < WATCHED:
+            self._watch_rejections(metrics, last=step + 1 in (self._start + WATCHED, r.steps))
         logged = (
             step % r.run.log_every == 0 or step + 1 == r.steps or metrics["bad"]
         )  # every bad step has a line
@@ -56,7 +61,7 @@ class MetricsWriter:
         # JSON has no NaN: not-applicable counters are left out
         self._file.write(json.dumps({k: v for k, v in row.items() if math.isfinite(v)}) + "\n")
         for name, value in row.items():
-            if name != "step":
+            if name != "step" and math.isfinite(value):
                 self._board.add_scalar(name, value, step)
         if now - self._last_console >= CONSOLE_SECONDS or step in (self._start, r.steps - 1):
             self._last_console = now
@@ -72,6 +77,21 @@ class MetricsWriter:
                 step, r.steps, terms, row["teacher_entropy"],
                 row["time/images_per_s"], 100 * row["time/data_wait"], _clock(eta),
             )  # fmt: skip
+
+    def _watch_rejections(self, metrics: dict[str, float], last: bool) -> None:
+        """Warn, after the first steps, where rho rejects so little that DINO-M's crops are DINOv2's."""
+        for kind, shares in self._rejected.items():
+            share = metrics.get(f"data/{kind}_would_reject", math.nan)
+            shares += [share] if math.isfinite(share) else []
+            rho = getattr(self._recipe.crops, f"{kind}_coverage")
+            if last and shares and rho != 0 and sum(shares) / len(shares) < NOTHING:
+                logging.warning(
+                    "crops.%s_coverage (rho) would reject %.1f %% of free %s crops in the first %d steps: at "
+                    "%s it does nothing on these records. Raise it, or build full-frame records (data_prep "
+                    "build --box full); 0 says that this is meant",
+                    kind, 100 * sum(shares) / len(shares), kind, len(shares),
+                    "its default" if rho is None else rho,
+                )  # fmt: skip
 
     def close(self) -> None:
         if self._active:

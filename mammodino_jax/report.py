@@ -154,9 +154,9 @@ def counters_section(rows: list[dict]) -> str:
         "Where the crops fell",
         table([*head], lines),
         paragraph(
-            f"Masked patches hold {text(mean('mask_coverage'))} tissue; patches masked blindly would hold "
-            f"{text(mean('view_coverage'))}. {text(mean('masked_share'))} of the tissue patches of a masked "
-            "view are masked. Means over the logged steps."
+            f"Masked patches hold {text(mean('mask_coverage'))} tissue; DINOv2's masks would hold "
+            f"{text(mean('plain_mask_coverage'))}. {text(mean('masked_share'))} of the tissue patches of a "
+            "masked view are masked. Means over the logged steps."
         ),
     )
 

@@ -37,7 +37,7 @@ def metrics_row(step):
     row = {"step": step, "dino_global": 1 + falling, "dino_local": 4 + falling, "ibot": 3 + falling}
     row |= {"koleo": 2.0, "adjacent": 5.0, "teacher_entropy": 0.4 + step / 100, "teacher_entropy_patch": 0.5}
     row |= {"lr": 1e-3, "bad": 0.0, "time/images_per_s": 12.5, "data/mask_coverage": 0.97}
-    row |= {"data/view_coverage": 0.61, "data/masked_share": 0.3, "data/global_would_reject": 0.234}
+    row |= {"data/plain_mask_coverage": 0.612, "data/masked_share": 0.3, "data/global_would_reject": 0.234}
     return row | {"data/global_coverage": 0.876, "data/global_fallback": 0.0, "data/global_mm_per_px": 0.42}
 
 

@@ -1,8 +1,10 @@
 """Coverage-guaranteed multi-crop (DINO-M): where the windows lie, and how their pixels are resampled.
 
-The size of a window is drawn first (RandomResizedCrop's law), then its position uniformly among the
-windows of that size whose tissue share is at least rho: the law of sizes stays DINOv2's and only the
-position is conditioned. Letters: H, W record; h, w window; S side of a square view; G = S / patch.
+Sampler `size_first`: the size of a window is drawn first (RandomResizedCrop's law), then its position
+uniformly among the windows of that size whose tissue share is at least rho: the law of sizes stays DINOv2's
+and only the position is conditioned. Sampler `rejection`, as the paper words it, redraws size and position
+together, so that sizes that rarely hold rho tissue become rarer (large ones, on full frames).
+Letters: H, W record; h, w window; S side of a square view; G = S / patch.
 """
 
 import dataclasses
@@ -12,10 +14,13 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from mammodino_jax.errors import UserError
+from mammodino_jax.errors import UserError, suggest
 
 POSITION_TRIES = 32  # positions looked up at once; the exact map of all positions is needed only after these
 SIZE_TRIES = 10  # redraws of a size that does not fit, as in torchvision
+REJECTION_TRIES = 32  # sizes and places tried by the sampler `rejection`
+SAMPLERS = ("size_first", "rejection")
+BOX_RHO, FULL_RHO = 0.8, 0.5  # where rho is None, on box records and on full frames (see CropConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +30,17 @@ class CropConfig:
     local_number: int = 8
     global_scale: tuple[float, float] = (0.32, 1.0)  # share of the record's area; DINOv2
     local_scale: tuple[float, float] = (0.05, 0.32)
+    # (low, high) side, the root of the window's area, in mm, drawn log-uniformly instead of by scale; None:
+    # by scale. Not in the paper. A scale is another size in mm for every breast; None keeps DINOv2's law.
+    # By scale too, and counted, where a record's pixel_mm is unknown; cut to the record where it is smaller.
+    global_mm: tuple[float, float] | None = None
+    local_mm: tuple[float, float] | None = None
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
-    global_coverage: float = 0.8  # rho. The paper gives no number; on box records lower ones reject nothing
-    local_coverage: float = 0.8
+    # rho. The paper gives no number. None: 0.8 on box records, where lower values reject next to nothing, and
+    # 0.5 on full frames, where 0.8 leaves many large windows without any place.
+    global_coverage: float | None = None
+    local_coverage: float | None = None
+    sampler: str = "size_first"  # or "rejection", the paper's; ours keeps the law of sizes at any rho
     hflip: float = 0.5  # probability
     patch: int = 14
 
@@ -42,9 +55,23 @@ class CropConfig:
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
                 raise UserError(f"crops.{name} is ({low}, {high}); expected 0 < low <= high <= 1")
+        for name in ("global_mm", "local_mm"):
+            if getattr(self, name) is not None:
+                low, high = getattr(self, name)
+                if not 0 < low <= high:
+                    raise UserError(f"crops.{name} is ({low}, {high}); expected 0 < low <= high, in mm")
         for name in ("global_coverage", "local_coverage", "hflip"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"crops.{name} is {getattr(self, name)}; expected a share between 0 and 1")
+            value = getattr(self, name)
+            if not (value is None and name != "hflip") and not 0 <= value <= 1:
+                raise UserError(f"crops.{name} is {value}; expected a share between 0 and 1")
+        if self.sampler not in SAMPLERS:
+            hint = suggest(self.sampler, SAMPLERS)
+            raise UserError(f'crops.sampler is "{self.sampler}"; expected {" or ".join(SAMPLERS)}.{hint}')
+
+    def rho(self, kind: str, full: bool = False) -> float:
+        """Least tissue share of "global" or "local" windows, on full frames or (default) on box records."""
+        value = getattr(self, f"{kind}_coverage")
+        return (FULL_RHO if full else BOX_RHO) if value is None else value
 
 
 class Window(NamedTuple):
@@ -56,8 +83,8 @@ class Window(NamedTuple):
     width: int
     flip: bool  # mirrored left-right after cropping
     coverage: float  # exact tissue share
-    fallback: bool  # no window of this size reaches rho: this is the one with the most tissue
-    would_reject: bool  # an unconstrained draw at this size fell below rho
+    fallback: bool  # no window of this size (rejection: no try) reaches rho: this is the one with most tissue
+    would_reject: bool  # the first, unconstrained draw fell below rho
 
 
 def random_generator(seed: int, sample: int, purpose: int) -> np.random.Generator:
@@ -70,26 +97,37 @@ def integral_image(mask: np.ndarray) -> np.ndarray:
     return cv2.integral(mask.view(np.uint8))
 
 
-def draw_size(shape, scale, ratio, rng) -> tuple[int, int]:
+def draw_size(shape, scale, ratio, rng, side=None) -> tuple[int, int]:
     """Draw (h, w) by RandomResizedCrop's law: area share ~ U(scale), log aspect ~ U(log ratio).
 
-    Redrawn up to SIZE_TRIES times until it fits into shape = (H, W); then, as in torchvision, the largest
-    window whose aspect lies within `ratio`.
+    With side = (low, high), in record pixels, log sqrt(area) ~ U(log side) instead. Redrawn up to SIZE_TRIES
+    times until it fits into shape = (H, W); then, as in torchvision, the largest window whose aspect lies
+    within `ratio`.
     """
     H, W = shape
-    area_share = rng.uniform(*scale, SIZE_TRIES).tolist()
+    if side is None:
+        areas = (rng.uniform(*scale, SIZE_TRIES) * H * W).tolist()
+    else:
+        areas = np.exp(2 * rng.uniform(math.log(side[0]), math.log(side[1]), SIZE_TRIES)).tolist()
     log_aspect = rng.uniform(math.log(ratio[0]), math.log(ratio[1]), SIZE_TRIES).tolist()
-    for share, log in zip(area_share, log_aspect, strict=True):
-        h = round(math.sqrt(share * H * W / math.exp(log)))
-        w = round(math.sqrt(share * H * W * math.exp(log)))
+    for area, log in zip(areas, log_aspect, strict=True):
+        h = round(math.sqrt(area / math.exp(log)))
+        w = round(math.sqrt(area * math.exp(log)))
         if 0 < h <= H and 0 < w <= W:
             return h, w
     aspect = min(max(W / H, ratio[0]), ratio[1])
     return max(1, min(H, round(W / aspect))), max(1, min(W, round(H * aspect)))
 
 
-def draw_window(integral: np.ndarray, scale, ratio, rho: float, hflip: float, rng) -> Window:
-    """Draw a window whose tissue share is >= rho, uniform over the valid positions of its size.
+def window_tissue(integral: np.ndarray, y, x, h, w):
+    """Tissue pixels of windows [y, y + h) x [x, x + w); y and x may be arrays."""
+    return integral[y + h, x + w] - integral[y, x + w] - integral[y + h, x] + integral[y, x]
+
+
+def draw_window(
+    integral: np.ndarray, scale, ratio, rho: float, hflip: float, rng, sampler="size_first", side=None
+) -> Window:
+    """Draw a window whose tissue share is >= rho.
 
     Args:
       integral: i32 [H+1, W+1] of the record's tissue mask.
@@ -97,12 +135,17 @@ def draw_window(integral: np.ndarray, scale, ratio, rho: float, hflip: float, rn
       rho: least tissue share; the window with the most tissue is returned, flagged, where none reaches it.
       hflip: probability of a left-right flip.
       rng: numpy Generator.
+      sampler: "size_first": uniform over the valid positions of a size drawn beforehand. "rejection": sizes
+        and positions are redrawn together, up to REJECTION_TRIES times.
+      side: (low, high) of the root of the area, in record pixels, instead of `scale`.
     """
-    H, W = integral.shape[0] - 1, integral.shape[1] - 1
-    h, w = draw_size((H, W), scale, ratio, rng)
+    shape = integral.shape[0] - 1, integral.shape[1] - 1
+    if sampler == "rejection":
+        return _draw_by_rejection(integral, shape, scale, ratio, rho, hflip, rng, side)
+    (H, W), (h, w) = shape, draw_size(shape, scale, ratio, rng, side)
     flip = rng.random() < hflip
     ys, xs = rng.integers(0, [[H - h + 1], [W - w + 1]], (2, POSITION_TRIES))
-    tissue = integral[ys + h, xs + w] - integral[ys, xs + w] - integral[ys + h, xs] + integral[ys, xs]
+    tissue = window_tissue(integral, ys, xs, h, w)
     valid = tissue >= rho * h * w
     would_reject = not valid[0]
     fallback = False
@@ -116,6 +159,21 @@ def draw_window(integral: np.ndarray, scale, ratio, rho: float, hflip: float, rn
         place = every.argmax() if fallback else allowed[rng.integers(allowed.size)]
         (y, x), count = divmod(int(place), every.shape[1]), every.ravel()[place]
     return Window(int(y), int(x), h, w, flip, float(count) / (h * w), fallback, would_reject)
+
+
+def _draw_by_rejection(integral, shape, scale, ratio, rho, hflip, rng, side) -> Window:
+    """The first of REJECTION_TRIES free windows with rho tissue; else, flagged, the one with the most."""
+    flip, best = rng.random() < hflip, None
+    for tries in range(REJECTION_TRIES):
+        h, w = draw_size(shape, scale, ratio, rng, side)
+        y, x = rng.integers(0, [shape[0] - h + 1, shape[1] - w + 1]).tolist()
+        tissue = int(window_tissue(integral, y, x, h, w))
+        window = Window(y, x, h, w, flip, tissue / (h * w), fallback=False, would_reject=tries > 0)
+        if tissue >= rho * h * w:
+            return window
+        if best is None or window.coverage > best.coverage:
+            best = window
+    return best._replace(fallback=True, would_reject=True)
 
 
 def _interpolate(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -18,8 +18,8 @@ from mammodino_jax.data import records
 from mammodino_jax.errors import UserError, suggest
 
 _COLUMNS = (
-    "patient_id", "volume_id", "kind", "slice_index", "slice_position_mm", "slice_mm", "pixel_mm",
-    "duplicate_of", "flags",
+    "image_id", "patient_id", "volume_id", "kind", "slice_index", "slice_position_mm", "slice_mm", "slab_mm",
+    "pixel_mm", "duplicate_of", "flags",
 )  # fmt: skip
 
 
@@ -48,17 +48,25 @@ class Records:
 
     shards: list[Shards]  # one a source
     weights: list[float]  # one a source: its share of a stream's draws, relative to the others'
+    full: list[bool]  # one a source: its records are full frames, not cropped to the tissue
     source: np.ndarray  # i32, place in `shards`
     record: np.ndarray  # i64, place in the split
     patient: np.ndarray  # i32, low 31 bits of sha256(patient_id)
     dbt: np.ndarray  # bool: a tomosynthesis slice
     slice_index: np.ndarray  # i32; -1: none
     position_mm: np.ndarray  # f32, of the slice in its volume
+    slab_mm: np.ndarray  # f32, thickness of the tissue that a slice shows
     pixel_mm: np.ndarray  # f32
+    lesion_box: np.ndarray  # f32 [F, 4]: (y0, x0, y1, x1) of findings in record pixels, by record
+    lesion_end: np.ndarray  # i64: the findings of place p are rows lesion_end[p-1] (0: 0) to lesion_end[p]
     volumes: list[np.ndarray]  # a volume each: i64 places in these arrays, in slice order
 
     def image(self, place: int) -> np.ndarray:
         return self.shards[self.source[place]].read(int(self.record[place]))
+
+    def lesions(self, place: int) -> np.ndarray:
+        """Boxes f32 [k, 4] of a record's findings, in its pixels."""
+        return self.lesion_box[self.lesion_end[place - 1] if place else 0 : self.lesion_end[place]]
 
 
 def patient_number(patient_id: str) -> int:
@@ -139,7 +147,7 @@ def open_records(sources, exclude_flags=()) -> Records:
     """
     if not sources:
         raise UserError("data.sources is empty; give (folder, split, kinds, weight) of a built data set")
-    shards, weights, parts, volume_count = [], [], [], 0
+    shards, weights, full, parts, boxes, volume_count = [], [], [], [], [], 0
     for number, (folder, split, kinds, weight) in enumerate(sources):
         if weight <= 0:
             raise UserError(f"weight {weight} of source {folder} must be positive; or leave the source out")
@@ -153,6 +161,8 @@ def open_records(sources, exclude_flags=()) -> Records:
         number_of = np.array([patient_number(p) for p in patient_ids], np.int32)
         spacing, slice_index = _numbers(table["slice_mm"]), table["slice_index"].fill_null(-1).to_numpy()
         position = _numbers(table["slice_position_mm"])
+        box, found = _lesions(folder, table["image_id"])
+        boxes.append(box)
         parts.append({
             "source": np.full(len(record), number, np.int32),
             "record": record,
@@ -161,17 +171,44 @@ def open_records(sources, exclude_flags=()) -> Records:
             "volume": np.where(dbt & (volume >= 0) & (slice_index >= 0), volume + volume_count, -1),
             "slice_index": slice_index,
             "position_mm": np.where(np.isnan(position), slice_index * spacing, position),
+            "slab_mm": _numbers(table["slab_mm"]),
             "pixel_mm": _numbers(table["pixel_mm"]),
+            "found": found,
         })  # fmt: skip
         shards.append(opened)
         weights.append(float(weight))
+        full.append(records.read_prep(folder).get("settings", {}).get("box") == "full")
         volume_count += len(volume_ids)
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     order = np.lexsort((columns["slice_index"], columns["volume"]))
     volume = columns.pop("volume")
     order = order[volume[order] >= 0]
     volumes = np.split(order, np.flatnonzero(np.diff(volume[order])) + 1) if order.size else []
-    return Records(shards, weights, **columns, volumes=volumes)
+    lesion_end = np.cumsum(columns.pop("found"))
+    lesion_box = np.concatenate(boxes)
+    return Records(
+        shards, weights, full, **columns, lesion_box=lesion_box, lesion_end=lesion_end, volumes=volumes
+    )
+
+
+def _lesions(folder: str | Path, image_id: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes f32 [F, 4] of the findings of records, in their order, and how many each record has, i64.
+
+    Findings without a box are left out, and so are those of a volume without a known slice.
+    """
+    names, path = ("record_y0", "record_x0", "record_y1", "record_x1"), Path(folder) / "findings.parquet"
+    none = np.zeros((0, 4), np.float32), np.zeros(len(image_id), np.int64)
+    if not path.is_file():
+        return none
+    table = pq.read_table(path, columns=["image_id", *names])
+    table = table.filter(pc.is_valid(table["image_id"]))
+    if not len(table):
+        return none
+    box = np.stack([_numbers(table[name]) for name in names], axis=1)
+    place = pc.index_in(table["image_id"], image_id.combine_chunks()).fill_null(-1).to_numpy()
+    used = np.flatnonzero((place >= 0) & ~np.isnan(box).any(1))
+    used = used[np.argsort(place[used], kind="stable")]
+    return box[used], np.bincount(place[used], minlength=len(image_id))
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:

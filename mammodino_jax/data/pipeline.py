@@ -7,6 +7,7 @@ processes, workers and threads gives the same bytes, and a run resumes from its 
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import cv2
@@ -26,11 +27,13 @@ from mammodino_jax.data.crops import (
 )
 from mammodino_jax.data.index import Records, open_records
 from mammodino_jax.data.masking import MaskConfig
-from mammodino_jax.data.pairs import PairConfig, possible_pairs
+from mammodino_jax.data.pairs import PairConfig, draw_windows, possible_pairs
 from mammodino_jax.errors import UserError
 
 # Purposes of a sample's random numbers. Views are 0, 1 (global) and 2.. (local); these lie far above.
-_MASK, _PAIR, _PAIR_WINDOW, _VOLUMES = 1000, 1001, 1002, 1003
+_MASK, _PAIR, _PAIR_WINDOW, _VOLUMES, _PLAIN_MASK = 1000, 1001, 1002, 1003, 1004
+
+PLAIN_EVERY = 8  # samples; a plain mask, drawn only to be counted, takes half a millisecond
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,14 +142,28 @@ def _flat_stream(opened: Records, flat_slices: bool, seed: int) -> grain.MapData
 
 
 def _paired_volumes(opened: Records, config: PairConfig) -> list[np.ndarray]:
-    """The volumes that offer at least one slice pair; how many do not is logged."""
+    """The volumes that offer at least one slice pair; how many do not, or show the same tissue, is logged."""
     paired = [v for v in opened.volumes if _pairs_of(opened, v, config).size]
     if len(paired) < len(opened.volumes):
         logging.warning(
             "%d of %d volumes offer no slice pair at offsets %s %s (too few slices, or unknown positions)",
             len(opened.volumes) - len(paired), len(opened.volumes), config.offsets, config.unit,
         )  # fmt: skip
+    slabs = [(opened.slab_mm[v[0]], _gap(opened, v, config)) for v in paired if opened.slab_mm[v[0]] > 0]
+    thick = [(slab, gap) for slab, gap in slabs if slab > gap]
+    if thick:
+        logging.warning(
+            "%d of %d volumes have slabs thicker than the gap of their closest pairs (for example %.1f and "
+            "%.1f mm): both slices show the same tissue, an easy task for DINO-adj; raise pairs.offsets",
+            len(thick), len(paired), *thick[0],
+        )  # fmt: skip
     return paired
+
+
+def _gap(opened: Records, volume: np.ndarray, config: PairConfig) -> float:
+    """The smallest distance of a volume's slice pairs in mm; NaN: unknown."""
+    position = opened.position_mm[volume][_pairs_of(opened, volume, config)]
+    return np.abs(position[:, 0] - position[:, 1]).min()
 
 
 def _pairs_of(opened: Records, volume: np.ndarray, config: PairConfig) -> np.ndarray:
@@ -197,9 +214,12 @@ class _Batches:
             "sample": np.empty(b, np.int32),
             "patient": np.empty(b, np.int32),
         }
-        metrics = ["mask_coverage", "view_coverage", "masked_share"]
+        metrics = ["mask_coverage", "plain_mask_coverage", "view_coverage", "masked_share"]
+        metrics += ["mask_lesion"] if len(self.records.lesion_box) else []
         kinds = ("global", "local") if c.local_number else ("global",)
         metrics += [f"{kind}_{metric}" for kind in kinds for metric in _VIEW_METRICS]
+        by_mm = [kind for kind in kinds if getattr(c, f"{kind}_mm") is not None]
+        metrics += [f"{kind}_mm_{metric}" for kind in by_mm for metric in ("unknown", "short")]
         if a:
             dedicated = self.pairs.mode == "dedicated"
             shape = (a, 2 if dedicated else 1, c.global_size, c.global_size)
@@ -225,13 +245,8 @@ class _Batches:
         c = self.crops
         batch["sample"][r], batch["patient"][r] = sample, self.records.patient[place]
         integral = integral_image(image > 0)
-        rngs = [random_generator(self.seed, sample, view) for view in range(2 + c.local_number)]
-        windows = [
-            draw_window(integral, c.global_scale, c.ratio, c.global_coverage, c.hflip, g) for g in rngs[:2]
-        ]
-        local = [
-            draw_window(integral, c.local_scale, c.ratio, c.local_coverage, c.hflip, g) for g in rngs[2:]
-        ]
+        windows = self._windows(batch, r, sample, place, integral, "global", range(2))
+        local = self._windows(batch, r, sample, place, integral, "local", range(2, 2 + c.local_number))
         for view, window in enumerate(windows):
             batch["global_crops"][r, view] = crop(image, window, c.global_size)
         for view, window in enumerate(local):
@@ -240,17 +255,49 @@ class _Batches:
         _count(batch, r, "global", windows, pixel_mm / c.global_size)
         if local:
             _count(batch, r, "local", local, pixel_mm / c.local_size)
-        self._mask_row(batch, r, sample, integral, windows)
+        self._mask_row(batch, r, sample, place, integral, windows)
         return integral, windows[0]
 
-    def _mask_row(self, batch, r: int, sample: int, integral: np.ndarray, windows: list[Window]) -> None:
+    def _windows(self, batch, r, sample, place, integral, kind: str, views) -> list[Window]:
+        """The windows of a record's views of a kind ("global" or "local")."""
+        c, pixel_mm = self.crops, self.records.pixel_mm[place]
+        rho, mm = c.rho(kind, self.records.full[self.records.source[place]]), getattr(c, f"{kind}_mm")
+        side = None
+        if mm is not None and views:
+            unknown = not pixel_mm > 0  # NaN too: by scale, and counted
+            side = None if unknown else (mm[0] / pixel_mm, mm[1] / pixel_mm)
+            batch[f"count/{kind}_mm_unknown"][r] = unknown
+        windows = [
+            draw_window(
+                integral, getattr(c, f"{kind}_scale"), c.ratio, rho, c.hflip,
+                random_generator(self.seed, sample, view), c.sampler, side,
+            )
+            for view in views
+        ]  # fmt: skip
+        if side is not None:  # as large as the record allows; half a pixel a side is rounding
+            short = [math.sqrt(w.height * w.width) < side[0] - 1 for w in windows]
+            batch[f"count/{kind}_mm_short"][r] = np.mean(short)
+        return windows
+
+    def _mask_row(self, batch, r: int, sample: int, place: int, integral, windows: list[Window]) -> None:
         rng = random_generator(self.seed, sample, _MASK)
         view = int(rng.integers(2))
-        coverage = patch_coverage(integral, windows[view], self.crops.global_size // self.crops.patch)
-        mask = masking.draw_mask(coverage, self.mask, rng)
+        grid = self.crops.global_size // self.crops.patch
+        coverage = patch_coverage(integral, windows[view], grid)
+        boxes, lesions = self.records.lesions(place), None
+        if len(boxes):
+            lesions = masking.lesion_patches(boxes, windows[view], grid)
+        mask = masking.draw_mask(coverage, self.mask, rng, lesions)
         M = batch["mask_index"].shape[1]
         batch["mask_index"][r], batch["mask_weight"][r] = masking.pack_mask(mask, view, M)
-        batch["count/view_coverage"][r] = coverage.mean()  # what masks placed blindly would hold
+        batch["count/view_coverage"][r] = coverage.mean()
+        if lesions is not None and lesions.any():
+            batch["count/mask_lesion"][r] = mask[lesions].mean()
+        if sample % PLAIN_EVERY == 0:  # what DINOv2's masks would have held
+            rng = random_generator(self.seed, sample, _PLAIN_MASK)
+            plain = masking.draw_mask(coverage, masking.plain(self.mask), rng)
+            if plain.any():
+                batch["count/plain_mask_coverage"][r] = coverage[plain].mean()
         tissue = (coverage >= self.mask.min_coverage).sum()
         if tissue:
             batch["count/masked_share"][r] = mask.sum() / tissue
@@ -258,7 +305,7 @@ class _Batches:
             batch["count/mask_coverage"][r] = coverage[mask].mean()
 
     def _dbt_row(self, batch, r: int, i: int, sample: int, volume: np.ndarray) -> None:
-        """Fill row r with slice k of a volume, and pair i with slices k and k +- d in one window and flip."""
+        """Fill row r with slice k of a volume, and pair i with slices k and k +- d in like windows."""
         possible = _pairs_of(self.records, volume, self.pairs)
         k, partner = volume[possible[random_generator(self.seed, sample, _PAIR).integers(len(possible))]]
         image, other = self.records.image(k), self.records.image(partner)
@@ -272,10 +319,9 @@ class _Batches:
         size = self.crops.global_size
         if self.pairs.mode == "dedicated":
             rng = random_generator(self.seed, sample, _PAIR_WINDOW)
-            c = self.crops
-            window = draw_window(integral, self.pairs.scale, c.ratio, self.pairs.coverage, c.hflip, rng)
-            batch["adjacent_crops"][i, 0] = crop(image, window, size)
-            _count(batch, r, "adjacent", [window], self.records.pixel_mm[k] / size)
+            first, window = draw_windows(integral, self.pairs, self.crops.ratio, self.crops.hflip, rng)
+            batch["adjacent_crops"][i, 0] = crop(image, first, size)
+            _count(batch, r, "adjacent", [first, window], self.records.pixel_mm[k] / size)
         batch["adjacent_crops"][i, -1] = crop(other, window, size)
         batch["adjacent_gap_mm"][i] = abs(self.records.position_mm[partner] - self.records.position_mm[k])
 

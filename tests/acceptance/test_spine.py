@@ -278,17 +278,14 @@ def test_line_08_crops(built):
         integral = integral_image(mask)
         for repeat in range(-(-1000 // len(table))):
             for view in range(10):
-                scale, rho = (
-                    (config.global_scale, config.global_coverage)
-                    if view < 2
-                    else (config.local_scale, config.local_coverage)
-                )
+                kind = "global" if view < 2 else "local"
+                scale, rho = getattr(config, f"{kind}_scale"), config.rho(kind)
                 rng = random_generator(1, record * 100 + repeat, view)
                 w = draw_window(integral, scale, config.ratio, rho, config.hflip, rng)
                 assert w.fallback or mask[w.y : w.y + w.height, w.x : w.x + w.width].mean() >= rho
                 flagged, rejected, total = flagged + w.fallback, rejected + w.would_reject, total + 1
     print(
-        f"\n8. {total} crops at rho {config.global_coverage}: {flagged / total:.3%} flagged, {rejected / total:.1%} of free draws rejected"
+        f"\n8. {total} crops at rho {config.rho('global')}: {flagged / total:.3%} flagged, {rejected / total:.1%} of free draws rejected"
     )
     assert total >= 10_000 and flagged / total <= 0.01
 

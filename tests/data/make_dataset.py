@@ -48,6 +48,12 @@ def volume(name, slices, height=60, width=40, spacing=1.0, **columns):
     return out
 
 
+def write_findings(folder, findings):
+    """Write findings.parquet beside a data set's index; columns not given are null."""
+    rows = [dict.fromkeys(records.FINDINGS.names) | finding for finding in findings]
+    pq.write_table(pa.Table.from_pylist(rows, schema=records.FINDINGS), folder / "findings.parquet")
+
+
 def write_dataset(folder, items, shards=2, **prep):
     """Write [(image u8 [H, W], index row), ...] as a built data set; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from mammodino_jax.data.crops import (
+    REJECTION_TRIES,
     CropConfig,
     Window,
     crop,
@@ -48,6 +49,57 @@ def test_coverage_is_exact_and_guaranteed(height, width, share, rho, seed, scale
         assert sums.max() < rho * h * w and inside.sum() == sums.max() and drawn.would_reject
     else:
         assert inside.sum() >= rho * h * w
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(8, 70), st.integers(8, 70), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**31))
+def test_rejection_takes_the_first_good_draw_or_flags_the_best(height, width, share, rho, seed):
+    mask, key = blob(height, width, seed, share), (1, seed, 0)
+    law = ((0.05, 1.0), RATIO, rho, 0.5)
+    drawn = draw_window(integral_image(mask), *law, random_generator(*key), "rejection")
+    assert drawn == draw_window(integral_image(mask), *law, random_generator(*key), "rejection")
+    rng, tried = random_generator(*key), []  # the same draws, written plainly
+    rng.random()
+    while len(tried) < REJECTION_TRIES and not (
+        tried and tried[-1][1] >= rho * tried[-1][0][2] * tried[-1][0][3]
+    ):
+        h, w = draw_size(mask.shape, (0.05, 1.0), RATIO, rng)
+        y, x = rng.integers(0, [height - h + 1, width - w + 1]).tolist()
+        tried.append(((y, x, h, w), mask[y : y + h, x : x + w].sum()))
+    coverage = [tissue / (place[2] * place[3]) for place, tissue in tried]
+    good = tried[-1][1] >= rho * tried[-1][0][2] * tried[-1][0][3]
+    best = -1 if good else int(np.argmax(coverage))
+    assert drawn[:4] == tried[best][0] and drawn.coverage == coverage[best]
+    assert drawn.fallback == (not good) and drawn.would_reject == (len(tried) > 1 or not good)
+
+
+def test_rejection_shrinks_windows_where_size_first_does_not():
+    """Half a frame of tissue at rho 0.9: few places for large windows, none for the largest."""
+    mask = np.zeros((120, 100), bool)
+    mask[:, :50] = True
+    area = {}
+    for sampler in ("size_first", "rejection"):
+        drawn = [
+            draw_window(integral_image(mask), (0.1, 0.5), RATIO, 0.9, 0, random_generator(0, i, 0), sampler)
+            for i in range(400)
+        ]
+        area[sampler] = np.mean([w.height * w.width for w in drawn]) / mask.size
+    assert area["size_first"] == pytest.approx(0.3, abs=0.02) and area["rejection"] < 0.22
+
+
+def test_sides_are_log_uniform_in_record_pixels():
+    rng = np.random.default_rng(0)
+    sizes = np.array([draw_size((1000, 800), None, RATIO, rng, side=(50, 400)) for _ in range(4000)])
+    side = np.log(sizes.prod(1)) / 2
+    assert stats.kstest(side, stats.uniform(np.log(50), np.log(8)).cdf).pvalue > 1e-3
+    largest = draw_size((100, 90), None, RATIO, rng, side=(500, 500))
+    assert largest == (100, 90)  # the record is smaller: its largest window
+
+
+def test_rho_by_default_depends_on_the_records():
+    assert [CropConfig().rho("global"), CropConfig().rho("local", full=True)] == [0.8, 0.5]
+    set_one = CropConfig(local_coverage=0.0)
+    assert [set_one.rho("local", full) for full in (False, True)] == [0.0, 0.0]
 
 
 def test_size_law_is_random_resized_crop():
@@ -174,7 +226,15 @@ def test_crop_cuts_resamples_and_flips():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("global_size", 500), ("local_size", 0), ("global_scale", (0.5, 0.2)), ("local_coverage", 1.5)],
+    [
+        ("global_size", 500),
+        ("local_size", 0),
+        ("global_scale", (0.5, 0.2)),
+        ("local_coverage", 1.5),
+        ("hflip", 2),
+        ("sampler", "rejecting"),
+        ("local_mm", (30, 20)),
+    ],
 )
 def test_bad_config_is_named(field, value):
     with pytest.raises(UserError, match=f"crops.{field}"):
@@ -191,7 +251,7 @@ def test_ten_thousand_crops_of_real_film(film_records):
         for repeat in range(per_record):
             for view in range(10):
                 scale = config.global_scale if view < 2 else config.local_scale
-                rho = config.global_coverage if view < 2 else config.local_coverage
+                rho = config.rho("global" if view < 2 else "local")
                 rng = random_generator(0, number * per_record + repeat, view)
                 y, x, h, w, _, coverage, fallback, would_reject = draw_window(
                     integral, scale, config.ratio, rho, config.hflip, rng

@@ -55,6 +55,31 @@ def test_volumes_are_in_slice_order_with_positions(folder):
         assert records.image(place).max() == 20 + records.slice_index[place]
 
 
+def test_findings_lie_with_their_records(make, tmp_path):
+    image = make.breast(20, 16, 0)
+    items = [(image, make.row(image, name, kind="film" if name == "b" else "2d")) for name in "abcd"]
+    folder = make.write_dataset(tmp_path / "set", items + make.volume("v", 3, slab_mm=6.0))
+    box = {"record_y0": 1.0, "record_x0": 2.0, "record_y1": 3.0, "record_x1": 4.0}
+    make.write_findings(
+        folder,
+        [
+            {"image_id": "v-1", **box},
+            {"image_id": "d", **box, "record_y1": 9.0},
+            {"image_id": "b", **box},  # a film: not in use
+            {"image_id": "a"},  # no box
+            {"image_id": "d", **box},
+            {"volume_id": "v", **box},  # no known slice
+        ],
+    )
+    plain = make.write_dataset(tmp_path / "plain", items[:1], settings={"box": "full"})
+    opened = open_records([(plain, "train", "2d", 1.0), (folder, "train", ("2d", "dbt"), 1.0)])
+    found = [opened.lesions(place).tolist() for place in range(len(opened.record))]
+    one = [1, 2, 3, 4]  # places: a of `plain`; a, c, d, v-0, v-1, v-2
+    assert found == [[], [], [], [[1, 2, 9, 4], one], [], [one], []]
+    assert opened.full == [True, False]
+    assert np.isnan(opened.slab_mm[:4]).all() and (opened.slab_mm[4:] == 6).all()
+
+
 def test_patient_number_is_the_low_31_bits():
     digest = int(hashlib.sha256(b"p1").hexdigest(), 16)
     assert patient_number("p1") == digest % 2**31

@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from mammodino_jax.data.masking import MaskConfig, draw_mask, draw_place, pack_mask, slots
+from mammodino_jax.data.crops import Window, integral_image, patch_coverage
+from mammodino_jax.data.masking import (
+    MaskConfig,
+    draw_mask,
+    draw_place,
+    lesion_patches,
+    pack_mask,
+    plain,
+    slots,
+)
 from mammodino_jax.errors import UserError
 
 
@@ -120,6 +129,54 @@ def test_weighting_moves_masks_into_tissue():
     assert masked[1.0] > masked[0.0] + 0.05
 
 
+@settings(deadline=None, max_examples=100)
+@given(
+    st.integers(0, 60),
+    st.integers(0, 50),
+    st.integers(1, 30),
+    st.integers(1, 30),
+    st.booleans(),
+    st.integers(1, 9),
+)
+def test_lesion_patches_are_those_that_show_the_box(y, x, h, w, flip, grid):
+    """A box as a mask of its own: patches that hold any of it. The window is 40 x 33 at (7, 5) of 60 x 50."""
+    lesion = np.zeros((60, 50), bool)
+    lesion[y : y + h, x : x + w] = True
+    share = lesion[7:47, 5:38].mean()
+    window = Window(7, 5, 40, 33, flip, share, False, False)
+    shown = patch_coverage(integral_image(lesion), window, grid) > 1e-6
+    boxes = np.float32([[y, x, y + h, x + w], [-9, -9, 7, 5]])  # the second ends where the window begins
+    np.testing.assert_array_equal(lesion_patches(boxes, window, grid), shown)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(3, 20), st.floats(0.1, 0.6), st.floats(0, 1), st.integers(0, 10**6))
+def test_lesions_are_masked_first_or_never(grid, ratio, share, seed):
+    rng = np.random.default_rng(seed)
+    coverage, lesions = rng.random((grid, grid)).astype(np.float32), rng.random((grid, grid)) < share
+    tissue = coverage >= 0.5
+    count = int(ratio * tissue.sum())
+    masks = {}
+    for mode in ("ignore", "always", "never"):
+        config = MaskConfig((ratio, ratio), lesions=mode)
+        masks[mode] = draw_mask(coverage, config, np.random.default_rng(seed), lesions)
+        assert not (masks[mode] & ~tissue).any()
+    without = draw_mask(coverage, MaskConfig((ratio, ratio)), np.random.default_rng(seed))
+    np.testing.assert_array_equal(masks["ignore"], without)
+    wanted = lesions & tissue
+    assert masks["always"].sum() == count
+    assert (masks["always"] & wanted).sum() == min(count, wanted.sum())
+    assert masks["never"].sum() == min(count, (tissue & ~lesions).sum())
+    assert not (masks["never"] & lesions).any()
+
+
+def test_plain_masks_ignore_tissue_and_lesions():
+    config = plain(MaskConfig(ratio=(0.2, 0.3), min_coverage=0.9, strength=2.0, lesions="never"))
+    one, two = (draw_mask(c, config, np.random.default_rng(3)) for c in (half_breast(16), np.zeros((16, 16))))
+    np.testing.assert_array_equal(one, two)
+    assert 0.2 * 256 - 1 < one.sum() <= 0.3 * 256
+
+
 def test_slots_hold_the_largest_mask():
     config = MaskConfig(of="all", min_coverage=0.0, strength=0.0)
     assert slots(config, 37 * 37) == 684
@@ -135,6 +192,7 @@ def test_slots_hold_the_largest_mask():
         {"of": "breast"},
         {"strength": -1.0},
         {"min_coverage": 0.0},
+        {"lesions": "mask"},
     ],
 )
 def test_bad_config_is_named(bad):

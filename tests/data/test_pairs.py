@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mammodino_jax.data.pairs import PairConfig, possible_pairs
+from mammodino_jax.data.crops import integral_image
+from mammodino_jax.data.pairs import PairConfig, draw_windows, possible_pairs
 from mammodino_jax.errors import UserError
 
 
@@ -47,6 +48,35 @@ def test_pairs_stay_inside_and_are_symmetric(n, offsets, end_share):
     assert bool(pairs) == (n - 2 * ends > min(offsets))
 
 
+@settings(deadline=None)
+@given(
+    st.integers(20, 90),
+    st.integers(20, 90),
+    st.sampled_from([0.0, 0.1]),
+    st.floats(0, 1),
+    st.integers(0, 10**6),
+)
+def test_windows_of_a_pair_are_equal_up_to_the_jitter(height, width, jitter, rho, seed):
+    mask = np.hypot(*(np.mgrid[:height, :width] / [[[height]], [[width]]])) < 1
+    config = PairConfig(scale=(0.3, 1.0), jitter=jitter, coverage=rho)
+    one, two = draw_windows(integral_image(mask), config, (3 / 4, 4 / 3), 0.5, np.random.default_rng(seed))
+    h, w = one.height, one.width
+    assert (two.height, two.width, two.flip) == (h, w, one.flip)
+    assert abs(two.y - one.y) <= jitter * h and abs(two.x - one.x) <= jitter * w
+    inside = mask[two.y : two.y + h, two.x : two.x + w]
+    assert inside.shape == (h, w) and two.coverage == inside.sum() / (h * w)  # exact, and in the record
+    assert two.coverage >= rho or one.fallback
+    assert jitter or one == two
+
+
+def test_jitter_reaches_both_sides_of_both_axes():
+    rng, config = np.random.default_rng(0), PairConfig(scale=(0.5, 0.5), jitter=0.1)
+    full = integral_image(np.ones((100, 100), bool))
+    pairs = [draw_windows(full, config, (1, 1), 0, rng) for _ in range(300)]
+    shift = np.array([(b.y - a.y, b.x - a.x) for a, b in pairs])
+    assert (shift.min(0) <= -6).all() and (shift.max(0) >= 6).all() and abs(np.corrcoef(shift.T)[0, 1]) < 0.2
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -56,6 +86,7 @@ def test_pairs_stay_inside_and_are_symmetric(n, offsets, end_share):
         {"offsets": (1.5,)},
         {"offsets": (0,)},
         {"end_share": 0.5},
+        {"jitter": -0.1},
     ],
 )
 def test_bad_config_is_named(bad):

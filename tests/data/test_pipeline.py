@@ -153,7 +153,7 @@ def levels(crops):
 
 def test_pairs_are_adjacent_slices_in_one_window(data):
     flat, volume_w = 0, patient_number("p-w")
-    for batch in batches(data, steps=15):
+    for batch in batches(data, pairs=PairConfig(jitter=0.0), steps=15):
         one, two = levels(batch["adjacent_crops"][:, 0]), levels(batch["adjacent_crops"][:, 1])
         distance = np.abs(one - two)
         assert set(distance) <= {1, 2} and min(one.min(), two.min()) >= 1 and max(one.max(), two.max()) <= 10
@@ -163,6 +163,139 @@ def test_pairs_are_adjacent_slices_in_one_window(data):
         np.testing.assert_array_equal(batch["adjacent_gap_mm"], np.where(unknown, np.nan, distance))
         flat += unknown.sum()
     assert flat > 0
+
+
+def ramp(make, folder, **columns):
+    """A data set of one volume of 4 slices, each the same ramp of grey levels 1 + column; no background."""
+    image = np.repeat(np.arange(1, 201, dtype=np.uint8)[None], 200, 0)
+    slices = make.volume("v", 4, 200, 200, **columns)
+    return make.write_dataset(folder, [(image, row) for _, row in slices])
+
+
+def test_jitter_shifts_the_partner_a_little(make, tmp_path):
+    """On a ramp a shift is a difference of grey levels, whatever the resize and flip."""
+    data = DataConfig(sources=((ramp(make, tmp_path / "set"), "train", "dbt", 1.0),))
+    shifts = []
+    for jitter in (0.0, 0.05):
+        found = batches(
+            data, pairs=PairConfig(jitter=jitter, end_share=0), batch_size=1, dbt_rows=1, steps=40
+        )
+        pairs = np.concatenate([b["adjacent_crops"] for b in found]).astype(float)
+        shifts.append((pairs[:, 1] - pairs[:, 0]).mean((1, 2)))
+    assert not shifts[0].any()
+    assert np.abs(shifts[1]).max() <= 0.05 * 200 and shifts[1].min() < -1 and shifts[1].max() > 1
+
+
+@pytest.mark.parametrize(
+    ("slab", "offsets", "warned"),
+    [(6.0, (1,), True), (1.5, (2, 1), True), (1.5, (2,), False), (None, (1,), False)],
+)
+def test_slabs_thicker_than_the_gap_are_told(make, tmp_path, caplog, slab, offsets, warned):
+    data = DataConfig(sources=((ramp(make, tmp_path / "set", slab_mm=slab), "train", "dbt", 1.0),))
+    with caplog.at_level("WARNING"):
+        batches(data, pairs=PairConfig(offsets=offsets, end_share=0), batch_size=1, dbt_rows=1, steps=0)
+    assert ("1 of 1 volumes have slabs thicker" in caplog.text) == warned
+
+
+def test_rejection_sampler_is_used(data, reference):
+    found = batches(data, crops=dataclasses.replace(CROPS, sampler="rejection"))
+    assert (found[0]["global_crops"] != reference[0]["global_crops"]).any()
+    same(found[3], batches(data, crops=dataclasses.replace(CROPS, sampler="rejection"), start_step=3)[0])
+
+
+def test_full_frames_have_a_lower_rho_of_their_own(make, tmp_path):
+    """60 % tissue: of large windows about half reach 0.5, hardly any 0.8."""
+    image = make.breast(60, 44, 0)
+    image[:, 34:] = 0
+    least = {}
+    for box in ("tissue", "full"):
+        folder = make.write_dataset(
+            tmp_path / box, [(image, make.row(image, "a"))], shards=1, settings={"box": box}
+        )
+        data = DataConfig(sources=((folder, "train", "2d", 1.0),))
+        for rho in (None, 0.7):
+            crops = dataclasses.replace(CROPS, global_coverage=rho, local_coverage=rho, hflip=0)
+            found = batches(data, crops=crops, batch_size=1, dbt_rows=0, steps=150)
+            whole = [b for b in found if b["count/global_fallback"] == b["count/local_fallback"] == 0]
+            shares = [
+                (b[f"{kind}_crops"] > 0).mean((2, 3)).min() for b in whole for kind in ("global", "local")
+            ]
+            least[box, rho] = min(shares)
+    assert least["tissue", None] == pytest.approx(0.8, abs=0.05)
+    assert least["full", None] == pytest.approx(0.5, abs=0.05)
+    assert least["tissue", 0.7] == least["full", 0.7] == pytest.approx(0.7, abs=0.05)
+
+
+@pytest.mark.parametrize("local_size", [98, 140, 196])
+def test_sizes_in_mm(make, tmp_path, local_size):
+    """Sides in mm whatever the pixel spacing; by scale, and counted, where it is unknown."""
+    images = [make.breast(200, 150, i) for i in range(3)]
+    items = [(x, make.row(x, f"i{p}", pixel_mm=p)) for x, p in zip(images, (0.2, 0.4, None), strict=True)]
+    data = DataConfig(sources=((make.write_dataset(tmp_path / "set", items), "train", "2d", 1.0),))
+    crops = dataclasses.replace(CROPS, local_size=local_size, global_mm=(20, 28), local_mm=(5, 10))
+    unknown = 0
+    for batch in batches(data, crops=crops, batch_size=3, dbt_rows=0):
+        assert batch["local_crops"].shape == (3, 3, local_size, local_size)
+        for r in range(3):
+            known = batch["patient"][r] != patient_number("p-iNone")
+            unknown += not known
+            for kind, size, low, high in (("global", 56, 20, 28), ("local", local_size, 5, 10)):
+                assert batch[f"count/{kind}_mm_unknown"][r] == (not known)
+                assert batch[f"count/{kind}_mm_short"][r] == 0 if known else True
+                side = batch[f"count/{kind}_mm_per_px"][r] * size
+                assert low - 0.5 <= side <= high + 0.5 if known else np.isnan(side)
+    assert unknown == 5
+    larger = dataclasses.replace(
+        CROPS, global_mm=(55, 60)
+    )  # the first record is 40 x 30 mm, the second 80 x 60
+    for batch in batches(data, crops=larger, batch_size=3, dbt_rows=0):
+        short = dict(zip(batch["patient"].tolist(), batch["count/global_mm_short"].tolist(), strict=True))
+        assert [short[patient_number(f"p-i{p}")] for p in (0.2, 0.4)] == [1, 0]
+        assert np.isnan(short[patient_number("p-iNone")])
+
+
+@pytest.mark.parametrize(("lesions", "masked"), [("always", 1), ("never", 0)])
+def test_lesions_of_findings_are_masked_in_the_view(make, tmp_path, lesions, masked):
+    """The lesion is the only bright place; the views, flipped or not, say where the mask must (not) be."""
+    image = np.full((120, 90), 50, np.uint8)
+    image[30:60, 5:35] = 250
+    items = [(image, make.row(image, "a")), (np.full_like(image, 50), make.row(image, "b"))]
+    folder = make.write_dataset(tmp_path / "set", items)
+    box = {"record_y0": 30.0, "record_x0": 5.0, "record_y1": 60.0, "record_x1": 35.0}
+    make.write_findings(folder, [{"image_id": "a", **box}])
+    data = DataConfig(sources=((folder, "train", "2d", 1.0),))
+    mask, crops = (
+        MaskConfig((0.49, 0.49), lesions=lesions),
+        dataclasses.replace(CROPS, global_scale=(0.6, 1.0)),
+    )
+    seen = 0
+    for batch in batches(data, mask=mask, crops=crops, batch_size=2, dbt_rows=0, steps=20):
+        bright = (batch["global_crops"] > 200).reshape(2, 2, 4, 14, 4, 14).mean((3, 5)).reshape(2, 32)
+        for r in range(2):
+            index = batch["mask_index"][r][batch["mask_weight"][r] > 0]
+            view = np.arange(32) // 16 == index[0] // 16
+            is_masked = np.isin(np.arange(32), index)
+            lesion = (bright[r] > 0.05) & view
+            if batch["patient"][r] == patient_number("p-b") or not lesion.any():
+                assert batch["patient"][r] != patient_number("p-b") or np.isnan(batch["count/mask_lesion"][r])
+                continue
+            seen += 1
+            share = batch["count/mask_lesion"][r]
+            assert share == masked or (
+                masked and len(index) == 7
+            )  # 7 masked: fewer than the lesion may touch
+            assert (is_masked[lesion] == masked).all() or (masked and share < 1)
+    assert seen >= 15
+
+
+def test_plain_masks_are_counted_beside_ours(data, reference):
+    """For samples 0, 8, ...; masks drawn blindly hold less tissue than ours."""
+    ours, plain = (
+        np.concatenate([b[f"count/{name}"] for b in reference])
+        for name in ("mask_coverage", "plain_mask_coverage")
+    )
+    assert np.flatnonzero(~np.isnan(plain)).tolist() == [0, 8, 16, 24, 32]
+    assert 0.5 < np.nanmean(plain) < np.nanmean(ours)
 
 
 def test_reuse_crops_the_partner_by_the_rows_first_window(data):
