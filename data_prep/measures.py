@@ -14,7 +14,6 @@ from mammodino_jax.page import embed, figure, paragraph, section, table
 
 CROPPED, DRAWS = 200, 20  # records that crops are drawn on, crops of each kind on each
 RHOS, TAUS = np.arange(3, 10) / 10, np.arange(20, 81, 10)
-NOTHING = 0.02  # share of rejected crops below which the coverage term does nothing
 DENSITIES = ("label_density", "label_fgd")
 
 
@@ -47,8 +46,7 @@ def crop_coverage(mask: np.ndarray, seed: int, number: int) -> dict[str, np.ndar
             shares[kind].append(window.coverage)
             if kind == "global":
                 h, w = window.height, window.width
-                every = integral[h:, w:] - integral[:-h, w:] - integral[h:, :-w] + integral[:-h, :-w]
-                shares["best"].append(every.max() / (h * w))
+                shares["best"].append(crops.tissue_map(integral, h, w).max() / (h * w))
     return {kind: np.array(values) for kind, values in shares.items()}
 
 
@@ -127,7 +125,7 @@ def crop_rates(measured: list[dict]) -> np.ndarray:
 
 def crops_section(measured: list[dict], settings: dict) -> str:
     rates = crop_rates(measured)
-    default = 0.8 if settings["box"] == "tissue" else 0.5
+    default = crops.CropConfig().rho("global", full=settings["box"] == "full")
     at = int(np.abs(RHOS - default).argmin())
     head = ["rho", "global crops rejected", "local crops rejected", "global sizes without a place",
             "images without any global place"]  # fmt: skip
@@ -142,7 +140,7 @@ def crops_section(measured: list[dict], settings: dict) -> str:
         "position of a size reaches rho, training takes the one with the most tissue and counts it."
     )
     warning = ""
-    if rates[at, 0] < NOTHING:
+    if rates[at, 0] < crops.NOTHING:
         share = f"{rates[at, 0]:.1%} of the global crops would be rejected at rho {default:g}"
         warning = paragraph(f"Only {share}: the term does nothing on this data set.", "warn")
     picture = figure(embed(chart, "svg+xml", "share of rejected crops by rho"))

@@ -10,9 +10,10 @@ from pathlib import Path
 from absl import logging
 from tensorboardX import SummaryWriter
 
+from mammodino_jax.data.crops import NOTHING
+
 CONSOLE_SECONDS = 5.0  # at most one console line in so many seconds
 WATCHED = 100  # first steps over which rejected crops are averaged
-NOTHING = 0.02  # share of rejected crops under which rho does nothing worth the name
 
 
 class MetricsWriter:

@@ -20,6 +20,7 @@ POSITION_TRIES = 32  # positions looked up at once; the exact map of all positio
 SIZE_TRIES = 10  # redraws of a size that does not fit, as in torchvision
 REJECTION_TRIES = 32  # sizes and places tried by the sampler `rejection`
 SAMPLERS = ("size_first", "rejection")
+NOTHING = 0.02  # share of rejected crops under which rho does nothing worth the name
 BOX_RHO, FULL_RHO = 0.8, 0.5  # where rho is None, on box records and on full frames (see CropConfig)
 
 
@@ -124,6 +125,11 @@ def window_tissue(integral: np.ndarray, y, x, h, w):
     return integral[y + h, x + w] - integral[y, x + w] - integral[y + h, x] + integral[y, x]
 
 
+def tissue_map(integral: np.ndarray, h: int, w: int) -> np.ndarray:
+    """Tissue in the h x w window at every position: [H - h + 1, W - w + 1], of an integral image."""
+    return integral[h:, w:] - integral[:-h, w:] - integral[h:, :-w] + integral[:-h, :-w]
+
+
 def draw_window(
     integral: np.ndarray, scale, ratio, rho: float, hflip: float, rng, sampler="size_first", side=None
 ) -> Window:
@@ -153,7 +159,7 @@ def draw_window(
     if valid[first]:  # the first of independent uniform draws that is valid is uniform over the valid ones
         y, x, count = ys[first], xs[first], tissue[first]
     else:
-        every = integral[h:, w:] - integral[:-h, w:] - integral[h:, :-w] + integral[:-h, :-w]
+        every = tissue_map(integral, h, w)
         allowed = np.flatnonzero(every >= rho * h * w)
         fallback = allowed.size == 0
         place = every.argmax() if fallback else allowed[rng.integers(allowed.size)]

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from mammodino_jax.data.crops import Window
+from mammodino_jax.data.crops import Window, tissue_map
 from mammodino_jax.errors import UserError
 
 MIN_BLOCK = 4  # patches; DINOv2
@@ -52,7 +52,7 @@ def draw_place(coverage_sum: np.ndarray, h: int, w: int, strength: float, rng) -
 
     coverage_sum: f64 [G+1, G+1], integral image of the patch coverage.
     """
-    block = coverage_sum[h:, w:] - coverage_sum[:-h, w:] - coverage_sum[h:, :-w] + coverage_sum[:-h, :-w]
+    block = tissue_map(coverage_sum, h, w)
     cumulative = np.cumsum(np.maximum(block, 0) ** strength)
     place = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
     return divmod(int(min(place, cumulative.size - 1)), block.shape[1])

@@ -72,7 +72,7 @@ def resize_matrix(n_in: int, n_out: int, antialias: bool, offset: float) -> np.n
 def layer_norm(dim: int, dtype: str, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """LayerNorm of DINOv2, with the variance about the mean as PyTorch takes it.
 
-    flax's default, mean of squares minus squared mean, loses digits where the mean is large; it is no faster.
+    flax's default, mean of squares minus squared mean, loses digits where the mean is large.
     """
     return nnx.LayerNorm(dim, epsilon=1e-6, use_fast_variance=False, dtype=dtype, rngs=rngs)
 
