@@ -27,8 +27,8 @@ import pydicom
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_prep.header import Reject
 from data_prep.prepare import prepare
+from data_prep.reject import Reject
 from data_prep.settings import Settings
 
 LIMIT_S, LIMIT_GB = 20, 2.0

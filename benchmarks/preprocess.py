@@ -37,10 +37,10 @@ from pydicom import encaps, uid
 from pydicom.dataset import Dataset, FileMetaDataset
 
 from data_prep import shards
-from data_prep.header import Reject
 from data_prep.plan import Row, identify
 from data_prep.prepare import prepare
 from data_prep.read import scan
+from data_prep.reject import Reject
 from data_prep.settings import Settings
 
 NATIVE, J2K = uid.ExplicitVRLittleEndian, uid.JPEG2000Lossless

@@ -105,7 +105,7 @@ def _build(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     """May print paths: the user typed them."""
     from data_prep.prepare import prepare
-    from data_prep.read import Reject
+    from data_prep.reject import Reject
     from data_prep.settings import Settings
 
     for path in args.files:

@@ -10,15 +10,12 @@ import functools
 import importlib
 import json
 import logging
-import multiprocessing
 import pkgutil
 import platform
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,10 +25,12 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data_prep import merge, plan, sources, vendors
-from data_prep.header import Header, Reject
+from data_prep.executors import executor
+from data_prep.header import Header
 from data_prep.identity import hash_id, load_key
 from data_prep.plan import Listing, Planned, Row, count_by, reject_line
 from data_prep.read import scan
+from data_prep.reject import Reject
 from data_prep.settings import Settings
 from data_prep.shards import is_written, write_shard
 from mammodino_jax import __version__
@@ -73,10 +72,9 @@ def build(options: BuildOptions) -> dict:
     Raises:
       UserError: an input is missing or empty, nothing in it is usable, or the output is of other settings.
     """
-    output = options.output.absolute()
-    if not output.name:
+    if not options.output.absolute().name:
         raise UserError(f"--output {options.output}: give a folder of its own")
-    local = output.with_name(output.name + ".local")
+    local = merge.local_folder(options.output)
     vendors.check(options.settings.vendor_table)
     listing = _list(options, local)
     dataset = options.dataset or options.source
@@ -86,7 +84,7 @@ def build(options: BuildOptions) -> dict:
     built = _already_built(options.output, prep)
     if built and built["labels"] == prep["labels"]:
         return built["counts"] | {"already_built": True}
-    with _pool(options) as run:
+    with executor(options.workers, options.dask) as run:
         if options.dry_run:
             return _dry_run(listing, options, earlier, run)
         with _locked(options.output, local):
@@ -195,7 +193,7 @@ class _Earlier:
             name, other = prep["settings"]["dataset"], ""
             if name != dataset:
                 other = f"of --dataset {name}, this is {dataset}"
-            elif prep["key_check"] != _key_check(key):
+            elif prep.get("key_check") != _key_check(key):
                 other = "built with another --key"
             if other:
                 raise UserError(
@@ -232,11 +230,14 @@ def _plan(
 
 
 def _by_number(planned: list[Planned]) -> dict[int, Planned]:
-    """Every file that may have become records, by its number. Slices of a volume have the volume's labels."""
+    """Every file that may have become records, by its number. Spares have the row of what they stand in for,
+    slices of a volume have the volume's labels."""
     found = {}
     for p in planned:
+        found[p.number] = p
         known = {"labels": p.row.labels, "findings": p.row.findings}
-        found |= {one.number: replace(one, row=replace(one.row, **known)) for one in (p, *p.spares)}
+        for spare in p.spares:
+            found[spare.number] = replace(spare, row=replace(spare.row, **known))
         for one in (one for member in p.members for one in (member, *member.spares)):
             found[one.number] = replace(one, row=replace(one.row, labels=p.row.labels))
     return found
@@ -385,51 +386,3 @@ def _scan_chunk(files: list[tuple[Path, tuple | None]], settings: Settings) -> l
         except Reject as reject:
             found.append(Reject(*reject.args))  # without its traceback, which would keep the file's header
     return found
-
-
-@contextmanager
-def _pool(options: BuildOptions) -> Iterator[Callable]:
-    """Yield `map`, over processes if there are several workers or over a Dask cluster: results in order,
-    whoever is done first.
-
-    A worker that dies (out of memory, killed) ends the build with an error; what is finished stays.
-    """
-    if options.dask:
-        with _dask(options) as executor:
-            yield executor.map
-        return
-    if options.workers <= 1:
-        yield map
-        return
-    executor = ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"))
-    try:
-        yield executor.map
-    except BrokenProcessPool as error:
-        message = "a worker process died (out of memory?); try fewer --workers: finished shards are kept"
-        raise UserError(message) from error
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _dask(options: BuildOptions) -> Iterator:
-    """A concurrent-futures executor on the Dask scheduler at an address, or on a cluster of our own. Its
-    workers must see the files under the same paths."""
-    try:
-        import distributed
-    except ImportError as error:
-        raise UserError("--dask needs dask.distributed: pip install 'mammodino-jax[dask]'") from error
-    logging.getLogger("distributed").setLevel(logging.ERROR)  # it warns of its own end
-    with ExitStack() as stack:
-        address = options.dask
-        try:
-            if address == "local":
-                settings = dict(n_workers=options.workers, threads_per_worker=1, dashboard_address=None)
-                address = stack.enter_context(distributed.LocalCluster(**settings))
-            client = stack.enter_context(distributed.Client(address, timeout=20))
-        except (OSError, ValueError) as error:
-            raise UserError(f"no Dask scheduler answers at {options.dask} ({error})") from error
-        try:
-            yield client.get_executor()
-        except distributed.scheduler.KilledWorker as error:
-            raise UserError(f"Dask workers died ({error}); finished shards are kept, run it again") from error

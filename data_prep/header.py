@@ -16,6 +16,7 @@ from pydicom.multival import MultiValue
 from pydicom.uid import UID, ExplicitVRBigEndian, ImplicitVRLittleEndian
 
 from data_prep import vendors
+from data_prep.reject import Reject
 
 MAX_SIDE, MAX_PIXELS, MAX_FRAMES = 20_000, 100_000_000, 400  # larger claims are corrupt headers
 VIEWS = ("CC", "MLO", "ML", "LM", "LMO", "XCCL", "XCCM", "FB", "SIO", "ISO", "AT")
@@ -44,26 +45,6 @@ _MODIFIER_CODES = {
     "399226006": "rolled", "R-102D4": "rolled",
 }  # fmt: skip
 _SYNTHETIC = re.compile(r"C-?VIEW|SYNTH\w* ?2D|\bS-?2D|INTELLIGENT 2D|INSIGHT 2D|V-?PREVIEW")
-
-
-class Reject(Exception):
-    """A file that yields no record. `detail` is a sentence, `code` one of:
-
-    File: missing (listed in a table, not there), not_dicom, unreadable, truncated, too_large, decode_error,
-    unsupported_syntax, highbit, not_monochrome.
-    Object: unsupported_class, secondary_capture, hologic_sco, projection, spot_mag, specimen, burned_in, qc
-    (also by its pixels: no tissue structure), for_processing (a FOR PRESENTATION sibling exists), duplicate,
-    no_spacing.
-    Pixels: empty_tissue, tissue_fraction, low_contrast. failed: an error of ours, to be reported.
-    """
-
-    def __init__(self, code: str, detail: str = "", member: int | None = None):
-        # All in args, so that they survive pickling between processes.
-        super().__init__(code, detail, member)
-        self.code, self.detail, self.member = code, detail, member  # member: which file of a volume
-
-    def __str__(self) -> str:
-        return f"{self.code}: {self.detail}" if self.detail else self.code
 
 
 @dataclass(frozen=True)

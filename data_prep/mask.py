@@ -116,11 +116,11 @@ def _sharp_marks(thumb: np.ndarray, known: np.ndarray, level: float, top: float)
         ring = far & ~near & known[place]
         if ring.any():
             inside, around = thumb[place][mark > 0] - level, thumb[place][ring] - level
-            bright = np.median(inside)
-            sharp = np.median(around) < SHARP * bright
-            if sharp and bright > 0.85 * full and (inside > 0.95 * full).mean() > SATURATED:
+            peak = np.median(inside)
+            sharp = np.median(around) < SHARP * peak
+            if sharp and peak > 0.85 * full and (inside > 0.95 * full).mean() > SATURATED:
                 ball = max(width, height) <= 24 and min(width, height) >= 6 and area > 0.65 * width * height
-                at_skin = not ball and (around < 0.2 * bright).mean() > 0.3
+                at_skin = not ball and (around < 0.2 * peak).mean() > 0.3
                 place = tuple(
                     slice(a.start + b.start, a.stop + b.start)
                     for a, b in zip(place, (rows, columns), strict=True)

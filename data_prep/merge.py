@@ -23,6 +23,12 @@ _FILES = (
 _CORNERS = ("y0", "x0", "y1", "x1")
 
 
+def local_folder(folder: Path) -> Path:
+    """DIR.local, the folder beside a data set that is not for sharing."""
+    folder = folder.absolute()
+    return folder.with_name(f"{folder.name}.local")
+
+
 def is_ours(name: str) -> bool:
     return name.removesuffix(".tmp") in _FILES or name.startswith(f"{records.NAME}-")
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-from data_prep.header import Header, Reject, stack_headers
+from data_prep.header import Header, stack_headers
+from data_prep.reject import Reject
 from mammodino_jax.data.records import SPLITS
 from mammodino_jax.errors import UserError
 

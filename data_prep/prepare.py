@@ -13,10 +13,11 @@ import cv2
 import numpy as np
 
 from data_prep import window
-from data_prep.header import MAX_SIDE, Header, Reject, stack_headers
+from data_prep.header import MAX_SIDE, Header, stack_headers
 from data_prep.mask import Tissue, find_tissue, thumbnail
 from data_prep.plan import Row, with_table
 from data_prep.read import Frames, Stack, is_j2k, scan
+from data_prep.reject import Reject
 from data_prep.settings import Settings
 
 cv2.setNumThreads(1)  # the pool has one process a core; a second layer of threads only slows it down

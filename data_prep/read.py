@@ -26,7 +26,8 @@ import pydicom
 from pydicom import pixels, uid
 from pydicom.encaps import get_frame
 
-from data_prep.header import MAX_PIXELS, MAX_SIDE, Header, Reject, read_header
+from data_prep.header import MAX_PIXELS, MAX_SIDE, Header, read_header
+from data_prep.reject import Reject
 from data_prep.settings import Settings
 
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # it quotes header values

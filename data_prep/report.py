@@ -16,7 +16,9 @@ from tqdm import tqdm
 
 from data_prep import measures, sheets
 from data_prep.mask import find_tissue
-from data_prep.sheets import Sources, local_folder
+from data_prep.merge import local_folder
+from data_prep.reject import REASONS
+from data_prep.sheets import Sources
 from mammodino_jax.data import records
 from mammodino_jax.data.index import open_split
 from mammodino_jax.errors import UserError
@@ -47,32 +49,6 @@ FLAGS = {
     "upside_down": "The stored image was turned by 180 degrees.",
     "burned_in": "The header says that text is burned into the pixels; it may identify the patient.",
 }
-REJECTS = {
-    "missing": "Listed in a table, but not there.",
-    "not_dicom": "Neither DICOM nor PNG, JPEG, PGM or TIFF.",
-    "unreadable": "The file cannot be opened or its header cannot be parsed.",
-    "truncated": "Part of the file is missing.",
-    "too_large": "The header claims a size that no detector has, or the file inflates without end.",
-    "decode_error": "No decoder gives pixels that fit the header.",
-    "unsupported_syntax": "Compressed in a way that no decoder here reads.",
-    "highbit": "An unusual layout of bits, or of pixel types.",
-    "not_monochrome": "A colour image.",
-    "unsupported_class": "Another kind of DICOM object than a mammogram.",
-    "secondary_capture": "A screenshot or scan that is no mammogram by its header.",
-    "hologic_sco": "Hologic's own tomosynthesis container; export it as standard tomosynthesis objects.",
-    "projection": "A tomosynthesis projection, not a reconstructed slice.",
-    "spot_mag": "A spot compression or magnification view.",
-    "specimen": "A radiograph of excised tissue.",
-    "burned_in": "The header says that text is burned in; it may identify the patient.",
-    "qc": "A quality-control image, or pixels without the structure of tissue.",
-    "for_processing": "Raw exposure: its presentation image is there too, or raw images were excluded.",
-    "duplicate": "The same image again.",
-    "no_spacing": "The pixel size is unknown, and the settings need it.",
-    "empty_tissue": "No tissue found.",
-    "tissue_fraction": "Too little tissue to be a breast.",
-    "low_contrast": "Hardly any grey levels in the tissue.",
-    "failed": "An error of this program; please report it.",
-}
 
 
 def write_report(folder: Path, output: Path | None = None, samples: int = 24, seed: int = 0) -> Path:
@@ -88,6 +64,10 @@ def write_report(folder: Path, output: Path | None = None, samples: int = 24, se
       UserError: `folder` is no built data set, or the output would lie in it, where it would be shared.
     """
     prep = records.read_prep(folder)
+    if "rejects" not in prep:
+        raise UserError(
+            f"{folder} was built by an earlier version; build it again with: python -m data_prep build"
+        )
     output = local_folder(folder) / "report.html" if output is None else Path(output)
     if output.is_dir():
         raise UserError(f"output {output} is a folder; name a file")
@@ -201,7 +181,7 @@ def rejects_section(prep: dict) -> str:
     if not codes:
         return section(title, paragraph("Nothing: every input file became a record."))
     by_count = sorted(codes.items(), key=lambda pair: -pair[1])
-    rows = [[code, count, REJECTS.get(code, "")] for code, count in by_count]
+    rows = [[code, count, REASONS.get(code, "")] for code, count in by_count]
     return section(title, table(["reason", "files", "meaning"], rows))
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from data_prep.header import Reject
 from data_prep.identity import hash_id
 from data_prep.plan import Planned, reject_line
 from data_prep.prepare import prepare
+from data_prep.reject import Reject
 from data_prep.settings import Settings
 from mammodino_jax.data import records
 

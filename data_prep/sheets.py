@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep import window
-from data_prep.header import Reject
+from data_prep.merge import local_folder
 from data_prep.plan import Row
 from data_prep.prepare import Prepared, prepare
+from data_prep.reject import Reject
 from data_prep.settings import Settings
 from mammodino_jax.page import figure, jpeg
 
@@ -58,12 +59,6 @@ class Sources:
             return None
         same = found.box == tuple(item[f"box_{name}"] for name in ("y0", "x0", "y1", "x1"))
         return found if same else None  # else the file has changed since, or is read in another way
-
-
-def local_folder(folder: Path) -> Path:
-    """DIR.local, the folder beside a data set that is not for sharing."""
-    folder = folder.absolute()
-    return folder.with_name(f"{folder.name}.local")
 
 
 def draw_source(found: Prepared) -> np.ndarray:

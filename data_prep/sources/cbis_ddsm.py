@@ -27,7 +27,8 @@ import pydicom
 
 from data_prep.labels import BIRADS_LABELS, IMAGE, NO_YES, birads_labels
 from data_prep.plan import Listing, Row, finding
-from data_prep.read import Reject, rejecting
+from data_prep.read import rejecting
+from data_prep.reject import Reject
 from data_prep.tables import find_table, one_of, only_folder, read_table, whole
 from mammodino_jax.errors import UserError
 

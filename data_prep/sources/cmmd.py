@@ -18,7 +18,8 @@ from pathlib import Path
 import pydicom
 
 from data_prep.plan import Listing, Row
-from data_prep.read import Reject, rejecting
+from data_prep.read import rejecting
+from data_prep.reject import Reject
 from data_prep.tables import find_table, one_of, only_folder
 from mammodino_jax.errors import UserError, suggest
 

@@ -13,7 +13,7 @@ from make_dataset import row, write_dataset
 from scipy import ndimage, stats
 
 from data_prep.prepare import prepare
-from data_prep.read import Reject
+from data_prep.reject import Reject
 from data_prep.settings import Settings
 from mammodino_jax.data.crops import (
     BOX_RHO,

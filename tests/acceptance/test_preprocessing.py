@@ -24,7 +24,7 @@ from scipy.ndimage import distance_transform_edt
 
 from data_prep.mask import find_tissue
 from data_prep.prepare import prepare
-from data_prep.read import Reject
+from data_prep.reject import Reject
 from data_prep.settings import Settings
 
 pytestmark = [pytest.mark.accept, pytest.mark.timeout(3600)]

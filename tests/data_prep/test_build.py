@@ -18,9 +18,10 @@ from array_record.python.array_record_module import ArrayRecordReader
 from data_prep import build as build_module
 from data_prep.__main__ import main
 from data_prep.build import BuildOptions, Settings, build
+from data_prep.header import Header
 from data_prep.plan import Planned, Row, assign_splits, make_shards
 from data_prep.prepare import prepare as prepare_files
-from data_prep.read import Header, Reject
+from data_prep.reject import Reject
 from mammodino_jax.data import records
 from mammodino_jax.errors import UserError
 

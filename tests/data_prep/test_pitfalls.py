@@ -27,9 +27,9 @@ from pydicom.sr.codedict import codes
 
 from data_prep import read
 from data_prep.build import BuildOptions, build
-from data_prep.header import Reject
 from data_prep.prepare import prepare
 from data_prep.read import Frames
+from data_prep.reject import Reject
 from data_prep.settings import Settings
 from data_prep.window import choose_voi, voi_curve
 from mammodino_jax.data import records

@@ -7,7 +7,8 @@ import pytest
 from pydicom.dataset import Dataset
 
 from data_prep import read
-from data_prep.read import Frames, Reject
+from data_prep.read import Frames
+from data_prep.reject import Reject
 from data_prep.settings import Settings
 
 
