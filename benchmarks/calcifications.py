@@ -194,10 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     args.words = arguments
     machine.pin()
-    text = report(args)
-    print(text)
-    if args.output:
-        args.output.write_text(text)
+    machine.finish(report(args), args.output)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,13 @@ def table(columns: list[str], rows: list[list]) -> str:
     return "".join(f"| {' | '.join(str(cell) for cell in line)} |\n" for line in lines)
 
 
+def finish(text: str, output: Path | None) -> None:
+    """Print a report, and write it where asked."""
+    print(text)
+    if output:
+        output.write_text(text)
+
+
 def command(module: str, arguments: list[str] | None) -> str:
     """The command line for a report: of paths only the names, so that it names no machine's folders."""
     words = sys.argv[1:] if arguments is None else arguments

@@ -317,10 +317,7 @@ def main(arguments: list[str] | None = None) -> None:
         args.repeats, args.seeds, args.medip_env = 1, 1, None
     args.command = machine.command("benchmarks.preprocess", arguments)
     machine.pin()
-    text = report(args)
-    print(text)
-    if args.output:
-        args.output.write_text(text)
+    machine.finish(report(args), args.output)
 
 
 if __name__ == "__main__":

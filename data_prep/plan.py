@@ -161,7 +161,7 @@ def drop_repeats(planned: list[Planned], keep_raw: bool = False) -> tuple[list[P
         else:
             kept.append(whole[p.number])
             continue
-        other.spares.append(p)
+        other.spares.append(whole[p.number] if code == "for_processing" else p)
         rejects.append(reject_line(p.number, p.row, Reject(code, what.format(other.number))))
     return kept, rejects
 

@@ -106,6 +106,11 @@ def test_a_local_dask_cluster_gives_the_same_bytes(tmp_path, archive):
     build(BuildOptions((folder,), tmp_path / "one"))
     build(BuildOptions((folder,), tmp_path / "dask", workers=2, dask="local"))
     assert digests(tmp_path / "one") == digests(tmp_path / "dask")
+    import distributed
+
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
+        build(BuildOptions((folder,), tmp_path / "there", dask=cluster.scheduler_address))
+    assert digests(tmp_path / "one") == digests(tmp_path / "there")
 
 
 def test_no_dask_scheduler_is_one_line(tmp_path, archive, monkeypatch):
