@@ -20,8 +20,10 @@ def get_config(arg=None):
     c.steps = 125_000  # DINOv2's short recipe (100 "epochs" of 1250 steps)
     c.batch_size = 1024
     c.dbt_rows = 256  # a quarter of the rows come from tomosynthesis volumes; the paper's mix is unknown
+    c.accumulate = 1  # micro-batches of a step; more need loss.centering="centering"
     c.fsdp = 1  # ViT-B fits a 16 GB chip without sharded parameters
 
+    c.init = ConfigDict(dict(weights="", heads="", freeze_steps=0, unfreeze_steps=0))  # random weights
     c.crops = ConfigDict(
         dict(
             global_size=518,  # the paper's input
@@ -53,6 +55,7 @@ def get_config(arg=None):
     c.pairs = ConfigDict(
         dict(
             mode="dedicated",  # the paper's: both slices under conservative transforms of their own
+            symmetric=False,  # the paper's student sees slice k alone; True costs 1.2 TFLOP an image more
             offsets=(1, 2),  # d: a structure stays in view over one to two 1-mm slices
             unit="slices",
             end_share=0.1,
@@ -85,7 +88,11 @@ def get_config(arg=None):
             dino_weight=1.0,  # DINOv2
             ibot_weight=1.0,  # DINOv2
             koleo_weight=0.1,  # DINOv2
-            adjacent_weight=1.0,  # ours: as much as DINO-M
+            adjacent_weight=1.0,  # ours: as much as DINO-M, from the first step to the last
+            final_adjacent_weight=1.0,
+            adjacent_warmup_steps=0,
+            adjacent_updates_center=False,  # slices are more alike than views: they would drag the center
+            adjacent_sinkhorn=True,  # pairs share the prototypes' balance with the global rows
             centering="sinkhorn",  # DINOv2's large recipes
             koleo_group=0,
             drop_path_group=32,  # consecutive images: the draw stays on one device where it holds as many
@@ -134,5 +141,5 @@ def get_config(arg=None):
             threads=2,
         )
     )
-    c.run = ConfigDict(dict(log_every=50, checkpoint_every=1000, keep_checkpoints=2))
+    c.run = ConfigDict(dict(log_every=50, checkpoint_every=1000, keep_checkpoints=2, diagnose_every=1000))
     return c

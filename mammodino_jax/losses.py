@@ -15,14 +15,20 @@ def center_softmax(logits_RK, center_K, temp):
     return jax.nn.softmax((logits_RK - center_K) / temp, axis=-1)
 
 
-def update_center(center_K, logits_RK, weight_R=None, momentum: float = 0.9):
-    """Moving mean of the teacher's logits, used from the next step on; rows of weight 0 do not count."""
+def center_sum(logits_RK, weight_R=None):
+    """What a center is moved by: the sum of the teacher's logits [K] over rows, and the number of rows.
+
+    Rows of weight 0 do not count.
+    """
     if weight_R is None:
-        mean = logits_RK.mean(axis=0)
-    else:
-        valid = (weight_R > 0).astype(jnp.float32)
-        mean = jnp.matmul(valid, logits_RK, precision="highest") / jnp.maximum(valid.sum(), 1.0)
-        mean = jnp.where(valid.sum() > 0, mean, center_K)
+        return logits_RK.sum(axis=0), jnp.float32(len(logits_RK))
+    valid = (weight_R > 0).astype(jnp.float32)
+    return jnp.matmul(valid, logits_RK, precision="highest"), valid.sum()
+
+
+def update_center(center_K, sum_K, count, momentum: float = 0.9):
+    """Moving mean of the teacher's logits (center_sum), used from the next step on; as it was for no rows."""
+    mean = jnp.where(count > 0, sum_K / jnp.maximum(count, 1.0), center_K)
     return momentum * center_K + (1 - momentum) * mean
 
 
@@ -75,9 +81,9 @@ def ibot_loss(teacher_BMK, student_BMK, weight_BM):
     return jnp.sum(cross_entropy(teacher_BMK, student_BMK) * weight_BM) / views
 
 
-def adjacent_loss(teacher_AK, student_AK):
-    """DINO-adj: student CLS of slice k against teacher CLS of slice k±d, mean over pairs."""
-    return cross_entropy(teacher_AK, student_AK).mean()
+def adjacent_loss(teacher_ASK, student_ASK):
+    """DINO-adj: student CLS of slice k against teacher CLS of slice k±d, mean over pairs (and directions)."""
+    return cross_entropy(teacher_ASK, student_ASK).mean()
 
 
 def koleo_loss(x_BD, group: int = 0, patient_B=None):
@@ -114,7 +120,8 @@ def koleo_loss(x_BD, group: int = 0, patient_B=None):
     nearest = similarity.argmax(axis=-1)
     neighbour = jax.vmap(lambda x, i: x[i])(x_GRD, nearest)
     distance = jnp.sqrt(jnp.sum((x_GRD - neighbour + 1e-8) ** 2, axis=-1))
-    return jnp.sum(-jnp.log(distance + 1e-8) * weight) / jnp.maximum(weight.sum(), 1.0), same_share
+    spread_G = jnp.sum(-jnp.log(distance + 1e-8) * weight, axis=1) / jnp.maximum(weight.sum(axis=1), 1.0)
+    return spread_G.mean(), same_share
 
 
 def entropy(probs_RK, weight_R=None):
@@ -124,3 +131,45 @@ def entropy(probs_RK, weight_R=None):
         return h.mean()
     valid = (weight_R > 0).astype(jnp.float32)
     return jnp.sum(h * valid) / jnp.maximum(valid.sum(), 1.0)
+
+
+def prototype_use(probs_RK):
+    """How unevenly the rows of a batch use the prototypes.
+
+    Returns:
+      KL divergence of the batch-mean probabilities from uniform, in units of ln K (1: all rows on one
+      prototype), and the share of prototypes whose mean probability is under a hundredth of 1 / K.
+    """
+    K = probs_RK.shape[-1]
+    mean_K = probs_RK.mean(axis=0)
+    return 1 - entropy(mean_K[None]), jnp.mean(mean_K < 0.01 / K)
+
+
+def _unit(x):
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
+
+
+def cosine(x, y):
+    """Cosine of vectors along the last axis, float32."""
+    return jnp.sum(_unit(x) * _unit(y), axis=-1)
+
+
+def mean_cosine(x_BD):
+    """Mean cosine between different rows: 1 where all are alike. NaN for a single row."""
+    x_BD, B = _unit(x_BD), len(x_BD)
+    total = jnp.sum(x_BD.sum(axis=0) ** 2) - jnp.sum(x_BD * x_BD)
+    return total / (B * (B - 1)) if B > 1 else jnp.float32(jnp.nan)
+
+
+def pair_gap(one_AD, other_AD):
+    """Cosine of each pair minus the mean cosine of its first half with the other pairs' second halves, [A].
+
+    At most one pair of a volume is in a batch, so the second is across volumes; NaN for a single pair.
+    """
+    A = len(one_AD)
+    if A == 1:
+        return jnp.full(1, jnp.nan)
+    cos_AA = jnp.matmul(_unit(one_AD), _unit(other_AD).T, precision="highest")
+    within = jnp.diagonal(cos_AA)
+    return within - (cos_AA.sum(axis=1) - within) / (A - 1)

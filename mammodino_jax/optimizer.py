@@ -15,7 +15,7 @@ class OptimConfig:
     """Not published by the paper; the defaults are DINOv2's ssl_default_config."""
 
     base_lr: float = 4e-3  # at batch 1024, scaled by sqrt(batch / 1024)
-    final_lr: float = 1e-6
+    final_lr: float | None = 1e-6  # None: constant after the warmup
     warmup_steps: int = 12_500  # 10 "epochs" of 1250 steps
     freeze_last_layer_steps: int = 1250  # the prototypes do not move while the teacher is still noise
     weight_decay: float = 0.04
@@ -78,17 +78,32 @@ def clip_by_module(grads: dict, limit: float) -> tuple[dict, dict]:
 
 
 def adamw_update(
-    params: dict, grads: dict, opt, c: OptimConfig, depth: int, *, lr, last_layer_lr, weight_decay
+    params: dict,
+    grads: dict,
+    opt,
+    c: OptimConfig,
+    depth: int,
+    *,
+    lr,
+    last_layer_lr,
+    weight_decay,
+    body_lr=None,
 ):
     """One AdamW step; the decay of a parameter is multiplied by its own learning rate.
+
+    `body_lr` is the rate of the backbone without its patch embedding, which continuation freezes at first
+    (Adam's moments accumulate all the while); None: lr.
 
     Returns (new parameters, new optimizer state).
     """
     lr_tree, decay_tree, last_tree = multipliers(params, c, depth)
     direction, opt = adam(c).update(grads, opt, params)
+    body_lr = lr if body_lr is None else body_lr
 
-    def step(p, u, lr_factor, decay_factor, last):
-        rate = (last_layer_lr if last else lr) * lr_factor
+    def step(path, p, u, lr_factor, decay_factor, last):
+        names = path_names(path)
+        body = names[0] == "backbone" and names[1] != "patch_embed"
+        rate = (last_layer_lr if last else body_lr if body else lr) * lr_factor
         return p - rate * (u + weight_decay * decay_factor * p)
 
-    return jax.tree.map(step, params, direction, lr_tree, decay_tree, last_tree), opt
+    return jax.tree_util.tree_map_with_path(step, params, direction, lr_tree, decay_tree, last_tree), opt

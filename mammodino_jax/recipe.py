@@ -23,6 +23,10 @@ class LossConfig:
     ibot_weight: float = 1.0
     koleo_weight: float = 0.1
     adjacent_weight: float = 1.0  # as much as DINO-M: the paper sums its terms without naming weights
+    final_adjacent_weight: float = 1.0  # reached along a half cosine at the last step
+    adjacent_warmup_steps: int = 0  # linear from 0
+    adjacent_updates_center: bool = False  # slice pairs are more alike than views: they would drag the center
+    adjacent_sinkhorn: bool = True  # under Sinkhorn, pairs' rows join the global rows; False: only centred
     centering: str = "centering"  # or "sinkhorn"
     koleo_group: int = 0  # consecutive rows within which neighbours are sought; 0: the global batch
     drop_path_group: int = 0  # images that share one drop-path draw; 0: the global batch
@@ -35,6 +39,19 @@ class RunConfig:
     log_every: int = 50
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
+    diagnose_every: int = 1000  # steps between looks at held-out images (diagnostics.py); 0: none
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """Where training starts. The defaults start from random weights."""
+
+    weights: str = ""  # a workdir, an exported folder, hub:FILE, timm:FILE, hf:DIR or dbt-dino:FILE
+    heads: str = ""  # a file with a DINO head that belongs to them (RAD-DINO's dino_head.safetensors)
+    # Fresh heads on a moving backbone wreck it (DINOv2 issue 204): the backbone, but for its patch embedding,
+    # stays frozen for some steps, then its learning rate rises linearly. FINO's two stages.
+    freeze_steps: int = 0
+    unfreeze_steps: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +62,9 @@ class Recipe:
     steps: int
     batch_size: int  # images of a global batch
     dbt_rows: int  # of them, rows from tomosynthesis volumes, each with a slice pair (0: no DINO-adj)
+    accumulate: int  # micro-batches of a step
     fsdp: int  # devices over which large parameters are sharded
+    init: InitConfig
     model: ViTConfig
     head: HeadConfig
     loss: LossConfig
@@ -108,15 +127,25 @@ def _check(r: Recipe) -> None:
         raise UserError(
             f"config.crops.patch {r.crops.patch} is not config.model.patch_size {r.model.patch_size}"
         )
-    for name, value in (("steps", r.steps), ("crops.local_number", r.crops.local_number)):
+    at_least_one = {"steps": r.steps, "crops.local_number": r.crops.local_number, "accumulate": r.accumulate}
+    for name, value in at_least_one.items():
         if value < 1:
             raise UserError(f"config.{name} is {value}, expected 1 or more")
     for name in ("log_every", "checkpoint_every"):
         if getattr(r.run, name) < 1:
             raise UserError(f"config.run.{name} is {getattr(r.run, name)}, expected 1 or more")
-    group = min(r.loss.drop_path_group, r.dbt_rows)
-    if group and r.dbt_rows % group:
-        raise UserError(f"config.loss.drop_path_group {group} does not divide config.dbt_rows {r.dbt_rows}")
+    for name, rows in (("batch_size", r.batch_size), ("dbt_rows", r.dbt_rows)):
+        if rows % r.accumulate:
+            raise UserError(f"config.accumulate {r.accumulate} does not divide config.{name} {rows}")
+    if r.accumulate > 1 and r.loss.centering == "sinkhorn":
+        raise UserError(
+            "config.accumulate is above 1 with config.loss.centering sinkhorn, which needs all rows at once; "
+            "use centering, or accumulate 1"
+        )
+    rows, pairs = r.batch_size // r.accumulate, r.dbt_rows // r.accumulate  # of a micro-batch
+    group = min(r.loss.drop_path_group, pairs)
+    if group and pairs % group:
+        raise UserError(f"config.loss.drop_path_group {group} does not divide the {pairs} dbt_rows of a step")
     for name in ("global_size", "local_size"):
         size = getattr(r.crops, name)
         if size % r.model.patch_size:
@@ -125,14 +154,16 @@ def _check(r: Recipe) -> None:
             )
     for name in ("koleo_group", "drop_path_group"):
         group = getattr(r.loss, name)
-        if group and r.batch_size % group:
-            raise UserError(f"config.loss.{name} {group} does not divide config.batch_size {r.batch_size}")
+        if group and rows % group:
+            raise UserError(
+                f"config.loss.{name} {group} does not divide config.batch_size / accumulate {rows}"
+            )
 
 
 def check_devices(r: Recipe) -> None:
     """Raise a UserError where the batch cannot be laid over the devices."""
     devices = jax.device_count()
     for name in ("batch_size", "dbt_rows"):
-        rows = getattr(r, name)
+        rows = getattr(r, name) // r.accumulate
         if rows % devices:
-            raise UserError(f"config.{name} {rows} is not a multiple of the {devices} devices")
+            raise UserError(f"config.{name} / accumulate {rows} is not a multiple of the {devices} devices")

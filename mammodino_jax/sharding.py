@@ -43,3 +43,9 @@ def put_batch(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
     """This process's rows of a global batch as arrays over all devices."""
     rows = NamedSharding(mesh, ROWS)
     return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, rows), batch)
+
+
+def spread_rows(mesh):
+    """A function that lays the second axis of [micro-batches, rows, ...] arrays over all devices."""
+    rows = NamedSharding(mesh, P(None, *ROWS))
+    return lambda tree: jax.lax.with_sharding_constraint(tree, jax.tree.map(lambda _: rows, tree))

@@ -1,8 +1,4 @@
-"""Pretraining: a pure train step, and one linear `train()`.
-
-B images a global batch, V views, L local views, N patches a view, M masked-patch slots, A slice pairs,
-D width, K prototypes, S side, C channels.
-"""
+"""Pretraining: a pure train step, and one linear `train()`."""
 
 import contextlib
 import functools
@@ -16,26 +12,28 @@ from absl import logging
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mammodino_jax import checkpoint, losses, provenance
-from mammodino_jax.augment import photometric, photometric_pairs
+from mammodino_jax import checkpoint, provenance
 from mammodino_jax.checkpoint import Checkpoints
 from mammodino_jax.data.pipeline import make_batches
 from mammodino_jax.errors import UserError
 from mammodino_jax.metrics import MetricsWriter
-from mammodino_jax.model.head import bind, init_params
+from mammodino_jax.model.head import init_params
+from mammodino_jax.objective import gradients
 from mammodino_jax.optimizer import adam, adamw_update, clip_by_module
 from mammodino_jax.pictures import draw_batch
 from mammodino_jax.recipe import Recipe, check_devices, from_config
 from mammodino_jax.schedules import Cosine, scaled_lr
-from mammodino_jax.sharding import make_mesh, put_batch, state_shardings
+from mammodino_jax.sharding import make_mesh, put_batch, spread_rows, state_shardings
 
 
 def init_state(recipe: Recipe) -> dict:
     """The train state at step 0: plain dicts of arrays, the teacher equal to the student, no random state."""
     student = init_params(recipe.model, recipe.head, recipe.seed)
-    center = {}
     if recipe.loss.centering == "centering":
-        center = {name: jnp.zeros(recipe.head.prototypes) for name in ("dino", "ibot")}
+        centers = ("dino", "ibot")
+    else:  # Sinkhorn needs none, but for slice pairs that are only centred
+        centers = () if recipe.loss.adjacent_sinkhorn else ("dino",)
+    center = {name: jnp.zeros(recipe.head.prototypes) for name in centers}
     teacher = jax.tree.map(jnp.copy, student)
     opt = adam(recipe.optim).init(student)
     return {"step": jnp.int32(0), "student": student, "teacher": teacher, "opt": opt, "center": center}
@@ -45,126 +43,21 @@ def schedule(recipe: Recipe, step) -> dict:
     """Values of all schedules at a step (int or traced)."""
     c, total = recipe.optim, recipe.steps
     peak = scaled_lr(c.base_lr, recipe.batch_size)
-    lr = Cosine(peak, c.final_lr, total, c.warmup_steps)(step)
+    lr = Cosine(peak, peak if c.final_lr is None else c.final_lr, total, c.warmup_steps)(step)
+    frozen, thaw = recipe.init.freeze_steps, recipe.init.unfreeze_steps
+    ramp = jnp.clip((step - frozen + 1) / (thaw + 1), 0, 1) if frozen or thaw else 1.0
+    term = recipe.loss
+    adjacent = Cosine(term.adjacent_weight, term.final_adjacent_weight, total, term.adjacent_warmup_steps)
     temp = Cosine(c.teacher_temp, c.teacher_temp, total, c.warmup_teacher_temp_steps, c.warmup_teacher_temp)
     return {
         "lr": lr,
         "last_layer_lr": lr * (step >= c.freeze_last_layer_steps),
+        "body_lr": lr * ramp,
         "weight_decay": Cosine(c.weight_decay, c.final_weight_decay, total)(step),
         "momentum": Cosine(c.momentum, c.final_momentum, total)(step),
         "teacher_temp": temp(step),
+        "adjacent_weight": adjacent(step),
     }
-
-
-def make_views(batch: dict, recipe: Recipe) -> dict:
-    """Augmented, normalised float views of a uint8 batch; draws depend on (seed, sample, view) alone."""
-    c, channels = recipe.augment, recipe.model.channels
-    key = jax.random.key(recipe.seed)
-    views = {
-        "global": photometric(batch["global_crops"], batch["sample"], key, c, channels, first_view=0),
-        "local": photometric(batch["local_crops"], batch["sample"], key, c, channels, first_view=2),
-        **{name: batch[name] for name in ("mask_index", "mask_weight", "patient")},
-    }
-    if "adjacent_crops" in batch:
-        pairs = batch["adjacent_crops"].shape[0]
-        sample = batch["sample"][:: batch["sample"].shape[0] // pairs]
-        views["adjacent"] = photometric_pairs(
-            batch["adjacent_crops"], sample, jax.random.fold_in(key, 1), c, channels
-        )
-    return views
-
-
-def _encode(net, views_BVSSC, mask=None, key=None, group=0):
-    """Backbone on [B, V, S, S, C]: CLS [B, V, D] and patch tokens [B, V*N, D]."""
-    B, V = views_BVSSC.shape[:2]
-    out = net.backbone(views_BVSSC.reshape(B * V, *views_BVSSC.shape[2:]), mask, key, group * V)
-    return out["cls"].reshape(B, V, -1), out["patches"].reshape(B, -1, out["patches"].shape[-1])
-
-
-def _gather(tokens_BND, index_BM):
-    return jnp.take_along_axis(tokens_BND, index_BM[..., None], axis=1)
-
-
-def loss_fn(student: dict, teacher: dict, center: dict, views: dict, key, teacher_temp, recipe: Recipe):
-    """All loss terms of one batch.
-
-    Args:
-      student, teacher: parameters.
-      center: {"dino": [K], "ibot": [K]}, or {} with Sinkhorn-Knopp.
-      views: float "global" [B,2,S,S,C] and "local" [B,L,s,s,C], "mask_index" and "mask_weight" [B,M],
-        "patient" [B], optionally "adjacent" [A,2,S,S,C] (or [A,1,S,S,C]: teacher only).
-      key: drop-path key, or None for none.
-
-    Returns:
-      (loss, (new center, metrics)).
-    """
-    c = recipe.loss
-    net = bind(student, recipe.model, recipe.head)
-    net_t = bind(teacher, recipe.model, recipe.head)
-    ibot_head, ibot_head_t = (getattr(n, "ibot_head", n.dino_head) for n in (net, net_t))
-    index, weight = views["mask_index"], views["mask_weight"]
-    B, S = views["global"].shape[0], views["global"].shape[2]
-    patches = (S // recipe.model.patch_size) ** 2
-    masked = jax.vmap(lambda i, w: jnp.zeros(2 * patches, bool).at[i].max(w > 0))(index, weight)
-    keys = (None, None, None) if key is None else jax.random.split(key, 3)
-
-    # 1. The teacher sees the unmasked global views.
-    cls_t, patch_t = _encode(net_t, views["global"])
-    logits_t = net_t.dino_head(cls_t).reshape(2 * B, -1)
-    patch_logits_t = ibot_head_t(_gather(patch_t, index)).reshape(weight.size, -1)
-    adjacent_logits_t = None
-    if "adjacent" in views:
-        adjacent_logits_t = net_t.dino_head(_encode(net_t, views["adjacent"][:, -1:])[0][:, 0])
-
-    # 2. Its targets; a center lags one step, and slice pairs do not move it.
-    if c.centering == "centering":
-        target = losses.center_softmax(logits_t, center["dino"], teacher_temp)
-        patch_target = losses.center_softmax(patch_logits_t, center["ibot"], teacher_temp)
-        if adjacent_logits_t is not None:
-            adjacent_target = losses.center_softmax(adjacent_logits_t, center["dino"], teacher_temp)
-        center = {
-            "dino": losses.update_center(center["dino"], logits_t),
-            "ibot": losses.update_center(center["ibot"], patch_logits_t, weight.ravel()),
-        }
-    else:
-        rows = logits_t if adjacent_logits_t is None else jnp.concatenate([logits_t, adjacent_logits_t])
-        target, adjacent_target = jnp.split(losses.sinkhorn(rows, teacher_temp), [2 * B])
-        patch_target = losses.sinkhorn(patch_logits_t, teacher_temp, weight.ravel())
-
-    # 3. The student sees masked global views and all local views.
-    mask = masked.reshape(B * 2, patches)
-    cls, patch = _encode(net, views["global"], mask, keys[0], c.drop_path_group)
-    cls_local, _ = _encode(net, views["local"], None, keys[1], c.drop_path_group)
-    logits, logits_local = net.dino_head(cls), net.dino_head(cls_local)
-    patch_logits = ibot_head(_gather(patch, index))
-
-    # 4. The terms.
-    dino_global, dino_local = losses.dino_loss(target.reshape(B, 2, -1), logits, logits_local)
-    ibot = losses.ibot_loss(patch_target.reshape(*weight.shape, -1), patch_logits, weight)
-    koleo, same = zip(
-        *(losses.koleo_loss(cls[:, v], c.koleo_group, views["patient"]) for v in (0, 1)), strict=True
-    )
-    metrics = {
-        "dino_global": dino_global,
-        "dino_local": dino_local,
-        "ibot": ibot,
-        "koleo": sum(koleo) / 2,
-        "koleo_same_patient": sum(same) / 2,
-        "teacher_entropy": losses.entropy(target),
-        "teacher_entropy_patch": losses.entropy(patch_target, weight.ravel()),
-    }
-    loss = c.dino_weight * (dino_global + dino_local) + c.ibot_weight * ibot + c.koleo_weight * sum(koleo)
-    if "adjacent" in views:
-        pairs = views["adjacent"].shape[0]
-        if views["adjacent"].shape[1] == 1:  # reuse: pair i belongs to row i * B / A, view 0
-            logits_adjacent = logits[:: B // pairs, 0]
-        else:
-            group = min(c.drop_path_group, pairs)
-            cls_adjacent, _ = _encode(net, views["adjacent"][:, :1], None, keys[2], group)
-            logits_adjacent = net.dino_head(cls_adjacent[:, 0])
-        metrics["adjacent"] = losses.adjacent_loss(adjacent_target, logits_adjacent)
-        loss = loss + c.adjacent_weight * metrics["adjacent"]
-    return loss, (center, {"loss": loss, **metrics})
 
 
 def apply_gradients(
@@ -177,31 +70,29 @@ def apply_gradients(
     grads, norms = clip_by_module(grads, recipe.optim.clip)
     student, opt = adamw_update(
         state["student"], grads, state["opt"], recipe.optim, recipe.model.depth,
-        lr=values["lr"], last_layer_lr=values["last_layer_lr"], weight_decay=values["weight_decay"],
+        **{k: values[k] for k in ("lr", "last_layer_lr", "body_lr", "weight_decay")},
     )  # fmt: skip
     teacher = optax.incremental_update(student, state["teacher"], 1 - values["momentum"])
     step = state["step"] + 1
     return {"step": step, "student": student, "teacher": teacher, "opt": opt, "center": center}, norms
 
 
-def train_step(state: dict, batch: dict, *, recipe: Recipe) -> tuple[dict, dict]:
+def train_step(state: dict, batch: dict, *, recipe: Recipe, constrain=lambda x: x) -> tuple[dict, dict]:
     """One step on a uint8 batch; one that is not finite keeps all but the step number (metric `bad`)."""
     step = state["step"]
     values = schedule(recipe, step)
     # drop-path draws by step; photometrics by sample (make_views), so neither depends on the device count
     key = jax.random.fold_in(jax.random.key(recipe.seed + 1), step) if recipe.model.drop_path else None
-    gradient = jax.value_and_grad(loss_fn, has_aux=True)
-    (loss, (center, metrics)), grads = gradient(
-        state["student"], state["teacher"], state["center"], make_views(batch, recipe), key,
-        values["teacher_temp"], recipe,
-    )  # fmt: skip
+    grads, center, metrics = gradients(state, batch, key, values, recipe, constrain)
     new, norms = apply_gradients(state, grads, center, values, recipe)
-    finite = jnp.isfinite(loss)
+    finite = jnp.isfinite(metrics["loss"])
     for norm in norms.values():
         finite &= jnp.isfinite(norm)
     kept = {"step": new["step"], **{k: v for k, v in state.items() if k != "step"}}
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
     metrics |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
+    if clip := recipe.optim.clip:
+        metrics |= {f"clipped/{name}": norm > clip for name, norm in norms.items()}
     metrics |= {
         f"data/{k.removeprefix('count/')}": jnp.nanmean(v) for k, v in batch.items() if k.startswith("count/")
     }
@@ -243,8 +134,9 @@ def start_or_resume(recipe: Recipe, mesh, checkpoints: Checkpoints):
     shardings = state_shardings(abstract, mesh)
     replicated = NamedSharding(mesh, P())
     step_fn = jax.jit(
-        functools.partial(train_step, recipe=recipe), donate_argnums=0, out_shardings=(shardings, replicated)
-    )
+        functools.partial(train_step, recipe=recipe, constrain=spread_rows(mesh)),
+        donate_argnums=0, out_shardings=(shardings, replicated),
+    )  # fmt: skip
     if checkpoints.latest is None:
         return jax.jit(functools.partial(init_state, recipe), out_shardings=shardings)(), step_fn
     target = jax.tree.map(

@@ -57,7 +57,7 @@ def dino(B=5, L=8, K=64) -> dict[str, float]:
         return sum(losses.dino_loss(target, global_BVK, local_BLK))
 
     value, grads = jax.value_and_grad(loss, (0, 1))(global_BVK, local_BLK)
-    center = losses.update_center(center_K, teacher_BVK.reshape(-1, K), momentum=0.9)
+    center = losses.update_center(center_K, *losses.center_sum(teacher_BVK.reshape(-1, K)), momentum=0.9)
     return {
         "loss": error(value, value_t),
         "gradient of global logits": error(grads[0], global_t.grad),
@@ -98,7 +98,9 @@ def ibot(B=3, grid=4, K=64) -> dict[str, float]:
         return losses.ibot_loss(losses.center_softmax(teacher_BMK, center_K, TEMP), student_BMK, weight_BM)
 
     value, grad = jax.value_and_grad(loss)(student_BMK)
-    center = losses.update_center(center_K, teacher_BMK.reshape(-1, K), weight_BM.ravel(), momentum=0.9)
+    center = losses.update_center(
+        center_K, *losses.center_sum(teacher_BMK.reshape(-1, K), weight_BM.ravel()), momentum=0.9
+    )
     return {
         "loss": error(value, value_t),
         "gradient": error(np.asarray(grad)[where], student_t.grad),

@@ -16,6 +16,7 @@ from mammodino_jax.convert.hub import to_hub
 from mammodino_jax.model.head import HeadConfig, init_params
 from mammodino_jax.model.vit import ViTConfig, residual
 from mammodino_jax.optimizer import OptimConfig, multipliers, path_names
+from mammodino_jax.recipe import InitConfig, LossConfig
 from mammodino_jax.train import schedule
 
 
@@ -139,7 +140,9 @@ def schedule_table() -> list[Row]:
         "momentum": {0: 0.992, 62_500: half(0.992, 1.0), 125_000: 1.0},
         "teacher_temp": {0: 0.04, 18_750: 0.04 + 0.03 * 18_750 / 37_499, 37_499: 0.07, 124_999: 0.07},
     }  # fmt: skip
-    recipe = types.SimpleNamespace(optim=OptimConfig(), steps=125_000, batch_size=2048)
+    recipe = types.SimpleNamespace(
+        optim=OptimConfig(), init=InitConfig(), loss=LossConfig(), steps=125_000, batch_size=2048
+    )
     rows = []
     for name, values in specified.items():
         for step, value in values.items():

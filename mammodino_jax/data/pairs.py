@@ -10,7 +10,10 @@ from mammodino_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class PairConfig:
-    mode: str = "dedicated"  # own crops of both slices (paper), or "reuse": the row's first global crop
+    # "dedicated": both slices in crops of their own (paper). "reuse": the row's first global crop against
+    # slice k +- d in the same window, cheaper, an approximation. "none": no DINO-adj, on the same slices k.
+    mode: str = "dedicated"
+    symmetric: bool = False  # each slice of a pair is student and teacher once ("dedicated" only)
     offsets: tuple[float, ...] = (1, 2)  # d; the paper does not say. Structures stay in view over 1-2 slices
     unit: str = "slices"  # of the offsets: "slices" or "mm" (vendors space slices 0.5 to 3 mm apart)
     end_share: float = 0.1  # of the slices left out at each end: little but skin and blur
@@ -21,8 +24,12 @@ class PairConfig:
     jitter: float = 0.02
 
     def __post_init__(self):
-        if self.mode not in ("dedicated", "reuse"):
-            raise UserError(f'pairs.mode is "{self.mode}"; expected "dedicated" or "reuse"')
+        if self.mode not in ("dedicated", "reuse", "none"):
+            raise UserError(f'pairs.mode is "{self.mode}"; expected "dedicated", "reuse" or "none"')
+        if self.symmetric and self.mode == "reuse":
+            raise UserError(
+                'pairs.symmetric needs pairs.mode "dedicated": "reuse" has no student view of k +- d'
+            )
         if self.unit not in ("slices", "mm"):
             raise UserError(f'pairs.unit is "{self.unit}"; expected "slices" or "mm"')
         whole = self.unit == "mm" or all(d == int(d) for d in self.offsets)

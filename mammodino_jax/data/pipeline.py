@@ -73,6 +73,8 @@ def make_batches(
       adjacent_crops  u8 [a, 2, S, S], only where A > 0: slices k and k +- d; mode "reuse": [a, 1, S, S], only
                       k +- d, in the window of row i * B / A, view 0
       adjacent_gap_mm f32 [a], only where A > 0; NaN: unknown
+      adjacent_offset i32 [a], only where A > 0: place of the pair's distance in pairs.offsets
+      (mode "none": rows r still come from dbt, but no adjacent_*)
 
     The iterator's close() stops its workers. OpenCV's own threads are switched off: batches run in parallel.
 
@@ -220,10 +222,14 @@ class _Batches:
         metrics += [f"{kind}_{metric}" for kind in kinds for metric in _VIEW_METRICS]
         by_mm = [kind for kind in kinds if getattr(c, f"{kind}_mm") is not None]
         metrics += [f"{kind}_mm_{metric}" for kind in by_mm for metric in ("unknown", "short")]
-        if a:
+        if a and self.pairs.mode != "none":
             dedicated = self.pairs.mode == "dedicated"
             shape = (a, 2 if dedicated else 1, c.global_size, c.global_size)
-            batch |= {"adjacent_crops": np.empty(shape, np.uint8), "adjacent_gap_mm": np.empty(a, np.float32)}
+            batch |= {
+                "adjacent_crops": np.empty(shape, np.uint8),
+                "adjacent_gap_mm": np.empty(a, np.float32),
+                "adjacent_offset": np.empty(a, np.int32),
+            }
             metrics += [f"adjacent_{metric}" for metric in _VIEW_METRICS] if dedicated else []
         return batch | {f"count/{metric}": np.full(b, np.nan, np.float32) for metric in metrics}
 
@@ -308,7 +314,11 @@ class _Batches:
         """Fill row r with slice k of a volume, and pair i with slices k and k +- d in like windows."""
         possible = _pairs_of(self.records, volume, self.pairs)
         k, partner = volume[possible[random_generator(self.seed, sample, _PAIR).integers(len(possible))]]
-        image, other = self.records.image(k), self.records.image(partner)
+        image = self.records.image(k)
+        if self.pairs.mode == "none":
+            self._row(batch, r, sample, int(k), image)
+            return
+        other = self.records.image(partner)
         if image.shape != other.shape:
             shards = self.records.shards[self.records.source[k]]
             raise UserError(
@@ -323,7 +333,11 @@ class _Batches:
             batch["adjacent_crops"][i, 0] = crop(image, first, size)
             _count(batch, r, "adjacent", [first, window], self.records.pixel_mm[k] / size)
         batch["adjacent_crops"][i, -1] = crop(other, window, size)
-        batch["adjacent_gap_mm"][i] = abs(self.records.position_mm[partner] - self.records.position_mm[k])
+        gap = abs(self.records.position_mm[partner] - self.records.position_mm[k])
+        slices = abs(int(self.records.slice_index[partner]) - int(self.records.slice_index[k]))
+        apart = slices if self.pairs.unit == "slices" else gap
+        batch["adjacent_gap_mm"][i] = gap
+        batch["adjacent_offset"][i] = np.abs(np.array(self.pairs.offsets) - apart).argmin()
 
 
 _VIEW_METRICS = ("coverage", "would_reject", "fallback", "mm_per_px")

@@ -58,7 +58,7 @@ def test_shapes_and_types(reference):
         "global_crops": ((8, 2, 56, 56), np.uint8), "local_crops": ((8, 3, 28, 28), np.uint8),
         "mask_index": ((8, 8), np.int32), "mask_weight": ((8, 8), np.float32), "sample": ((8,), np.int32),
         "patient": ((8,), np.int32), "adjacent_crops": ((4, 2, 56, 56), np.uint8),
-        "adjacent_gap_mm": ((4,), np.float32),
+        "adjacent_gap_mm": ((4,), np.float32), "adjacent_offset": ((4,), np.int32),
     }  # fmt: skip
     for batch in reference:
         counters = {key for key in batch if key.startswith("count/")}

@@ -19,9 +19,10 @@ from mammodino_jax.data.pairs import PairConfig
 from mammodino_jax.data.pipeline import DataConfig
 from mammodino_jax.model.head import HeadConfig
 from mammodino_jax.model.vit import ViTConfig
+from mammodino_jax.objective import loss_fn, move_centers
 from mammodino_jax.optimizer import OptimConfig, adam
-from mammodino_jax.recipe import LossConfig, Recipe, RunConfig
-from mammodino_jax.train import apply_gradients, loss_fn
+from mammodino_jax.recipe import InitConfig, LossConfig, Recipe, RunConfig
+from mammodino_jax.train import apply_gradients
 
 
 def golden_folder() -> Path:
@@ -40,7 +41,7 @@ def recipe_of(z) -> Recipe:
     v = z["p0/student.dino_head.last_layer.weight_v"]
     size = z["in/collated_global_crops"].shape[-1]
     return Recipe(
-        seed=0, steps=100, batch_size=len(z["in/collated_global_crops"]) // 2, dbt_rows=0, fsdp=1,
+        seed=0, steps=100, batch_size=len(z["in/collated_global_crops"]) // 2, dbt_rows=0, accumulate=1, fsdp=1, init=InitConfig(),
         model=ViTConfig(
             dim=dim, depth=depth, heads=3, image_size=size, pos_antialias=False, pos_offset=0.1,
         ),
@@ -102,11 +103,15 @@ def step_errors(path: Path) -> dict[str, tuple[float, str]]:
     state = {"step": jnp.int32(0), **params, "opt": adam(r.optim).init(params["student"]), "center": center}
 
     step = jax.jit(jax.value_and_grad(loss_fn, has_aux=True), static_argnums=(6,))
-    views, temp = views_of(z), float(z["hp/teacher_temp"])
-    (_, (center, metrics)), grads = step(params["student"], params["teacher"], center, views, None, temp, r)
+    values = {"teacher_temp": float(z["hp/teacher_temp"])}
+    (_, (sums, metrics)), grads = step(
+        params["student"], params["teacher"], center, views_of(z), None, values, r
+    )
+    center = move_centers(center, sums)
     values = {
         "lr": float(z["hp/lr"]), "last_layer_lr": float(z["hp/last_layer_lr"]),
         "weight_decay": float(z["hp/wd"]), "momentum": float(z["hp/mom"]),
+        "body_lr": float(z["hp/lr"]),
     }  # fmt: skip
     apply = jax.jit(apply_gradients, static_argnums=(4,))
     new, norms = apply(state, grads, center, values, r)
