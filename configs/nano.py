@@ -31,5 +31,5 @@ def get_config(arg="demo/data"):
         beta2=0.999,
     )
     c.data.update(sources=((arg, "train", ("2d", "synthetic2d", "dbt"), 1.0),), workers=0)
-    c.run.update(log_every=1, checkpoint_every=100)
+    c.run.update(log_every=1, checkpoint_every=100, diagnose_every=50)
     return c

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
@@ -40,6 +41,16 @@ class Checkpoints:
 
     def close(self) -> None:
         self._checkpointer.close()
+
+
+def dump(folder: Path, state: dict, batch: dict) -> Path:
+    """Write a state (all processes together) and this process's rows of a batch, to look into a failure.
+
+    `folder` gets state/ (Orbax) and batch-<process>.npz; what an earlier failure left there is replaced.
+    """
+    ocp.save_checkpointables(folder / "state", {"state": state}, overwrite=True)
+    np.savez(folder / f"batch-{jax.process_index()}.npz", **batch)
+    return folder
 
 
 def steps(folder: Path) -> list[int]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from mammodino_jax import losses
 from mammodino_jax.augment import photometric, photometric_pairs
+from mammodino_jax.diagnostics import compare_pairs
 from mammodino_jax.model.head import bind
 from mammodino_jax.recipe import Recipe
 
@@ -160,6 +161,20 @@ def by_offset(name: str, value_A, offset_A, pairs) -> dict:
     }
 
 
+def watch_pairs(batch: dict, recipe: Recipe) -> dict:
+    """How alike the slices of a batch's pairs are in place and content, from their pixels; {} without pairs."""
+    if "adjacent_crops" not in batch:
+        return {}
+    other = batch["adjacent_crops"][:, -1]
+    if recipe.pairs.mode == "reuse":
+        one = batch["global_crops"][:: batch["global_crops"].shape[0] // other.shape[0], 0]
+    else:
+        one = batch["adjacent_crops"][:, 0]
+    ncc, shift = compare_pairs(one, other)
+    by_distance = by_offset("pair_ncc", ncc, batch["adjacent_offset"], recipe.pairs)
+    return {"pair_ncc": jnp.nanmean(ncc), "pair_shift": jnp.nanmean(shift), **by_distance}
+
+
 def move_centers(center: dict, sums: dict) -> dict:
     """The centers of the next step, from the teacher's logits of this one."""
     return {name: losses.update_center(center[name], *sums[name]) for name in center}
@@ -179,7 +194,7 @@ def gradients(state: dict, batch: dict, key, values: dict, recipe: Recipe, const
         (_, (sums, metrics)), grads = step(
             state["student"], state["teacher"], state["center"], views, key, values, recipe
         )
-        return grads, sums, metrics
+        return grads, sums, metrics | watch_pairs(micro, recipe)
 
     n = recipe.accumulate
     if n == 1:
@@ -198,5 +213,5 @@ def gradients(state: dict, batch: dict, key, values: dict, recipe: Recipe, const
         (grads, sums), metrics = jax.lax.scan(add, zero, (micro, keys))
         grads = jax.tree.map(lambda g: g / n, grads)
         means = {True: jnp.nanmean, False: jnp.mean}  # a micro-batch may lack pairs at some distance
-        metrics = {name: means[name.startswith("pair_gap")](v) for name, v in metrics.items()}
+        metrics = {name: means[name.startswith("pair_")](v) for name, v in metrics.items()}
     return grads, move_centers(state["center"], sums), metrics

@@ -15,8 +15,10 @@ from jax.sharding import PartitionSpec as P
 from mammodino_jax import checkpoint, provenance
 from mammodino_jax.checkpoint import Checkpoints
 from mammodino_jax.data.pipeline import make_batches
+from mammodino_jax.diagnostics import Watch
 from mammodino_jax.errors import UserError
-from mammodino_jax.metrics import MetricsWriter
+from mammodino_jax.held_out import HeldOut
+from mammodino_jax.metrics import MetricsWriter, read
 from mammodino_jax.model.head import init_params
 from mammodino_jax.objective import gradients
 from mammodino_jax.optimizer import adam, adamw_update, clip_by_module
@@ -166,6 +168,8 @@ def train(config, workdir: str) -> dict:
         seed=recipe.seed, start_step=start,
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
+    every = recipe.run.diagnose_every
+    held_out = HeldOut(recipe, mesh) if every else None
 
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
@@ -178,16 +182,21 @@ def train(config, workdir: str) -> dict:
             f"the newest checkpoint holds step {int(state['step'])}, its folder's name says {start}"
         )
     writer = MetricsWriter(workdir, start, recipe, active=jax.process_index() == 0)
+    watch = Watch(recipe, read(workdir / "metrics.jsonl"), held_out, active=jax.process_index() == 0)
     bad, pending = 0, None
 
-    def settle(step: int, metrics: dict):
+    def settle(step: int, metrics: dict, batch: dict):
         """Read the metrics of a step (after the next one was dispatched) and stop after three bad steps."""
         nonlocal bad
-        metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        metrics = watch(step, {k: float(v) for k, v in jax.device_get(metrics).items()})
         writer.write(step, metrics)
         bad = bad + 1 if metrics["bad"] else 0
         if bad == 3:
-            raise FloatingPointError(f"loss or gradients were not finite in steps {step - 2} to {step}")
+            folder = checkpoint.dump(workdir / "bad" / str(step), state, batch)
+            raise FloatingPointError(
+                f"loss or gradients were not finite in steps {step - 2} to {step}; the last batch and the "
+                f"state lie in {folder}, checkpoints are as they were: the same command goes on from them"
+            )
 
     with contextlib.closing(batches), contextlib.closing(checkpoints), contextlib.closing(writer):
         for step in range(start, recipe.steps):
@@ -195,13 +204,16 @@ def train(config, workdir: str) -> dict:
                 batch = next(batches)
             if step == 0 and jax.process_index() == 0:
                 draw_batch(batch, workdir / "samples", recipe.model.patch_size)
+            looked = held_out(state["teacher"]) if every and step % every == 0 else {}  # before the step
             state, metrics = step_fn(state, put_batch(batch, mesh))
             if pending:
                 settle(*pending)
-            pending = (step, metrics)
-            if (step + 1) % recipe.run.checkpoint_every == 0 or step + 1 == recipe.steps:
+            pending = (step, metrics | looked, batch)
+            due = (step + 1) % recipe.run.checkpoint_every == 0 or step + 1 == recipe.steps
+            if due or bad == 2:  # a third bad step is read before the next one moves the state
                 settle(*pending)
                 pending = None
+            if due:
                 checkpoints.save(step + 1, state, seen)
     logging.info("trained to step %d; checkpoints in %s", int(state["step"]), workdir / "checkpoints")
     return state

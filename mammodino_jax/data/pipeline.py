@@ -216,7 +216,8 @@ class _Batches:
             "sample": np.empty(b, np.int32),
             "patient": np.empty(b, np.int32),
         }
-        metrics = ["mask_coverage", "plain_mask_coverage", "view_coverage", "masked_share"]
+        metrics = ["mask_coverage", "plain_mask_coverage", "view_coverage", "masked_share", "visible_tissue"]
+        metrics += ["local_spread"] if c.local_number > 1 else []
         metrics += ["mask_lesion"] if len(self.records.lesion_box) else []
         kinds = ("global", "local") if c.local_number else ("global",)
         metrics += [f"{kind}_{metric}" for kind in kinds for metric in _VIEW_METRICS]
@@ -261,6 +262,8 @@ class _Batches:
         _count(batch, r, "global", windows, pixel_mm / c.global_size)
         if local:
             _count(batch, r, "local", local, pixel_mm / c.local_size)
+        if len(local) > 1:
+            batch["count/local_spread"][r] = spread(local, image.shape)
         self._mask_row(batch, r, sample, place, integral, windows)
         return integral, windows[0]
 
@@ -305,6 +308,7 @@ class _Batches:
             if plain.any():
                 batch["count/plain_mask_coverage"][r] = coverage[plain].mean()
         tissue = (coverage >= self.mask.min_coverage).sum()
+        batch["count/visible_tissue"][r] = tissue - mask.sum()
         if tissue:
             batch["count/masked_share"][r] = mask.sum() / tissue
         if mask.any():
@@ -338,6 +342,17 @@ class _Batches:
         apart = slices if self.pairs.unit == "slices" else gap
         batch["adjacent_gap_mm"][i] = gap
         batch["adjacent_offset"][i] = np.abs(np.array(self.pairs.offsets) - apart).argmin()
+
+
+def spread(windows: list[Window], shape: tuple[int, int]) -> float:
+    """Rms distance of windows' centres from their mean, relative to free uniform places of the same sizes.
+
+    NaN where the windows fill the record [H, W] and have no other place.
+    """
+    y, x, h, w = np.array([window[:4] for window in windows], float).T
+    room = np.sum((shape[0] - h) ** 2 + (shape[1] - w) ** 2) / 12  # sum of the variances of free places
+    found = len(windows) * (np.var(y + h / 2) + np.var(x + w / 2))
+    return math.sqrt(found / (room * (1 - 1 / len(windows)))) if room else math.nan
 
 
 _VIEW_METRICS = ("coverage", "would_reject", "fallback", "mm_per_px")

@@ -1,0 +1,254 @@
+"""Live diagnostics: the signatures of known failures, and the one plain warning that each of them raises.
+
+A Watch sees the metrics of every step. A rule fires while one of its signs holds over the last steps; a sign
+is a set of bounds on figures (means over these steps) that must all hold. Sources: reference signatures of
+DINOv2 issues 143, 272, 407 and of MammoDINO (arXiv 2510.11883, failure signatures).
+"""
+
+import collections
+import dataclasses
+import math
+import operator
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from mammodino_jax.data.crops import NOTHING
+
+WINDOW = 20  # steps that figures are averaged over
+AWAY = 100  # steps that a warning must have been away for to be told again
+FEW_PATIENTS, LEAD = 10, 0.2  # a held-out score of fewer patients, or so close to chance, is not watched
+CELLS = 32  # a side of the maps that slice pairs are compared on
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A named failure. A sign is a tuple of (figure, "<" or ">", limit) that must all hold; any sign will do."""
+
+    name: str
+    signs: tuple
+    means: str
+    advice: str
+    steps: int = WINDOW  # that figures are averaged over; the whole run where it is shorter
+    early: bool = True  # False: not before `start_steps`, where a healthy run looks alike
+
+
+# Figures are metrics (metrics.jsonl) or made of them (`figure`). Behind each limit: healthy and failing values
+# measured on the nano recipe at batch 8 (tests/acceptance/test_learning_failures.py).
+RULES = (
+    Rule(
+        "not_finite",
+        ((("bad", ">", 0),),),
+        "the loss or a gradient was not finite: the step changed nothing, and a third in a row ends the run",
+        "halve optim.base_lr, lengthen its warmup, look into WORKDIR/bad; bfloat16 instead of float16",
+        steps=1,
+    ),
+    Rule(
+        "uniform_collapse",
+        ((("ce", ">", 0.995), ("ce", "<", 1.005), ("teacher_entropy", ">", 0.98)),),
+        "the cross-entropy is stuck at ln K and the teacher's targets are uniform: nothing is learnt",
+        "lower optim.teacher_temp, optim.base_lr or optim.momentum; loss.centering sinkhorn",
+        early=False,
+    ),
+    Rule(
+        "one_prototype",
+        ((("prototype_kl", ">", 0.9),), (("teacher_entropy", "<", 0.1),), (("ce", "<", 0.05),)),
+        "the targets are close to a single prototype: for all images alike, or too sharp for each",
+        "raise optim.teacher_temp, lower optim.base_lr, loss.centering sinkhorn, fewer head.prototypes",
+    ),
+    Rule(
+        "identical_features",
+        ((("cls_cosine", ">", 0.995), ("koleo", ">", 3.0)), (("held_out/rank", "<", 2.0),)),
+        "all images have nearly the same CLS token",
+        "look at samples/ (are the images alike?), raise model.layerscale, optim.base_lr or its warmup's pace",
+        early=False,
+    ),
+    Rule(
+        "diverging",
+        ((("ce", ">", 1.3),),),
+        "the loss has risen above that of random guessing: steps are too large",
+        "divide optim.base_lr by 2 to 10, lengthen optim.warmup_steps, lower optim.clip",
+    ),
+    Rule(
+        "dead_prototypes",
+        ((("dead", ">", 0.5),),),
+        "most prototypes are never used although the batch could reach them all",
+        "fewer head.prototypes, loss.centering sinkhorn, longer optim.freeze_last_layer_steps",
+        early=False,
+    ),
+    Rule(
+        "same_patient_neighbours",
+        ((("koleo_same_patient", ">", 0.9),),),
+        "nearly every image's nearest neighbour in the batch is of its own patient: features tell patients apart",
+        "more patients a batch (another source or weight), loss.koleo_group across patients",
+        early=False,
+    ),
+    Rule(
+        "held_out_fall",
+        ((("lost", ">", 0.6),),),
+        "the score on held-out images (held_out/knn or /retrieval) has lost most of its lead over chance",
+        "for a start from weights: longer init.freeze_steps, lower optim.base_lr; stop at an earlier checkpoint",
+    ),
+    Rule(
+        "mask_failure",
+        (
+            (("fallback", ">", 0.01),),
+            (("data/local_spread", "<", 0.4),),
+            (("data/global_coverage", ">", 0.999),),
+        ),
+        "tissue masks are wrong: crops find no place with enough tissue, crowd at one, or there is no background",
+        "python -m data_prep report DATA and look at the masks; another --mask or --threshold; lower rho",
+    ),
+    *(
+        Rule(
+            f"coverage_idle_{kind}",
+            (((f"data/{kind}_would_reject", "<", NOTHING), (f"rho_{kind}", ">", 0.0)),),
+            f"crops.{kind}_coverage (rho) does nothing on these records: DINO-M's crops are DINOv2's",
+            "raise it, or build full-frame records (data_prep build --box full); 0 says that this is meant",
+            steps=100,
+        )
+        for kind in ("global", "local")
+    ),
+    Rule(
+        "slice_misalignment",
+        ((("pair_ncc", "<", 0.6),), (("pair_shift", ">", 0.08),)),
+        "the two slices of a pair do not show the same place",
+        "check slice order and volume_id in the index; fewer pairs.offsets or in mm; lower pairs.jitter",
+    ),
+    Rule(
+        "excessive_masking",
+        ((("visible", "<", 0.15),), (("data/masked_share", ">", 0.75),)),
+        "too few tissue patches of a masked view stay visible for its CLS token to tell anything",
+        "lower mask.ratio (DINOv2: 0.1 to 0.5), or mask.of tissue",
+    ),
+)
+BY_NAME = {rule.name: rule for rule in RULES}
+_HOLDS = {"<": operator.lt, ">": operator.gt}
+
+
+def start_steps(recipe) -> int:
+    """Until when features of a healthy run may still be alike: LayerScale of 1e-5 grows with the warmup."""
+    return recipe.init.freeze_steps + max(WINDOW, recipe.optim.warmup_steps // 2)
+
+
+def figure(name: str, rows, recipe) -> float:
+    """A metric's mean over rows where it is known, or a figure made of metrics; NaN: unknown."""
+
+    def mean(metric: str) -> float:
+        values = [row[metric] for row in rows if math.isfinite(row.get(metric, math.nan))]
+        return sum(values) / len(values) if values else math.nan
+
+    K, crops = recipe.head.prototypes, recipe.crops
+    match name:
+        case "ce":  # in units of ln K
+            return (mean("dino_global") + mean("dino_local")) / math.log(K)
+        case "fallback":  # of all views
+            views = 2 + crops.local_number
+            return (
+                2 * mean("data/global_fallback") + crops.local_number * mean("data/local_fallback")
+            ) / views
+        case "visible":  # share of a view's patches that are tissue and not masked
+            return mean("data/visible_tissue") / (crops.global_size // crops.patch) ** 2
+        case "dead":  # only where the rows, of exp(entropy) prototypes each, could use every one four times
+            rows_ = 2 * recipe.batch_size / recipe.accumulate
+            reach = rows_ * K ** mean("teacher_entropy") / K
+            return mean("prototypes_dead") if reach >= 4 else math.nan
+        case "rho_global" | "rho_local":  # unset: a positive default
+            rho = getattr(crops, f"{name[4:]}_coverage")
+            return 1.0 if rho is None else rho
+    return mean(name)
+
+
+class Watch:
+    """Tells a failure once when its signature begins, and again when it comes back."""
+
+    def __init__(self, recipe, past=(), held_out=None, active: bool = True):
+        """`past`: earlier rows of metrics.jsonl, for the first held-out score; `active`: False never logs."""
+        self._recipe, self._active = recipe, active
+        self._rows = collections.deque(maxlen=max(rule.steps for rule in RULES))
+        self._told: dict[str, int] = {}  # last step at which a warning held
+        self._chance = held_out.chance if held_out and held_out.patients >= FEW_PATIENTS else None
+        self._scores = [score for row in past if (score := _score(row)) is not None]
+        self._look: dict[str, float] = {}
+
+    def __call__(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """The metrics of a step, with "warning/<name>": 1.0 for each signature that holds."""
+        if (score := _score(metrics)) is not None:
+            self._scores.append(score)
+            self._look = {k: v for k, v in metrics.items() if k.startswith("held_out/")}
+            self._look["lost"] = self._lost()
+        self._rows.append({**self._look, **metrics})
+        holding = {}
+        for rule in RULES:
+            sign = self._sign(rule, step)
+            if sign is None:
+                continue
+            holding[f"warning/{rule.name}"] = 1.0
+            if self._active and step - self._told.get(rule.name, -AWAY) >= AWAY:
+                logging.warning(
+                    "%s at step %d: %s (%s). Try: %s", rule.name, step, rule.means, sign, rule.advice
+                )
+            self._told[rule.name] = step
+        return metrics | holding
+
+    def _sign(self, rule: Rule, step: int) -> str | None:
+        """The sign of a rule that holds, in words."""
+        steps = min(rule.steps, self._recipe.steps)
+        if len(self._rows) < steps or (step < start_steps(self._recipe) and not rule.early):
+            return None
+        rows = list(self._rows)[-steps:]
+        for sign in rule.signs:
+            found = [(name, figure(name, rows, self._recipe), how, limit) for name, how, limit in sign]
+            if all(_HOLDS[how](value, limit) for _, value, how, limit in found):
+                return ", ".join(f"{name} {value:.4g}, limit {limit:g}" for name, value, _, limit in found)
+        return None
+
+    def _lost(self) -> float:
+        """Share of the first score's lead over chance that the last two have lost; NaN: no lead to speak of."""
+        if self._chance is None or len(self._scores) < 3 or self._scores[0] - self._chance < LEAD:
+            return math.nan
+        last = max(self._scores[-2:])
+        return 1 - (last - self._chance) / (self._scores[0] - self._chance)
+
+
+def _score(row: dict) -> float | None:
+    return row.get("held_out/knn", row.get("held_out/retrieval"))
+
+
+def compare_pairs(one_ASS, other_ASS):
+    """How alike the two slices of a pair are in content and place.
+
+    Args:
+      one_ASS, other_ASS: uint8 crops, background 0.
+
+    Returns:
+      Normalised cross-correlation over their common tissue [A], and the shift between them [A]: the place of
+      the peak of their cross-correlation, the larger of |dy| and |dx|, as a share of the side. Both from maps
+      of 32 x 32 cells; NaN where the common tissue has no contrast.
+    """
+
+    def to_cells(x_ASS):
+        return jax.image.resize(x_ASS.astype(jnp.float32), (len(x_ASS), CELLS, CELLS), "linear")
+
+    def centred(x_ACC, where):
+        mean = x_ACC.sum((1, 2), keepdims=True, where=where) / jnp.maximum(
+            where.sum((1, 2), keepdims=True), 1
+        )
+        return (x_ACC - mean) * where
+
+    tissue = [to_cells(x > 0) for x in (one_ASS, other_ASS)]
+    # the mean of the tissue in a cell, so that an outline is not taken for content
+    grey = [to_cells(x) / jnp.maximum(t, 1e-3) for x, t in zip((one_ASS, other_ASS), tissue, strict=True)]
+    tissue = [t > 0.5 for t in tissue]
+    a, b = (centred(g, tissue[0] & tissue[1]) for g in grey)
+    power = jnp.sqrt(jnp.sum(a * a, (1, 2)) * jnp.sum(b * b, (1, 2)))
+    seen = power > CELLS**2  # a contrast of one grey level and more
+    ncc = jnp.sum(a * b, (1, 2)) / jnp.maximum(power, 1.0)
+
+    padded = (2 * CELLS, 2 * CELLS)
+    one, other = (jnp.fft.rfft2(centred(g, t), padded) for g, t in zip(grey, tissue, strict=True))
+    peak = jnp.fft.irfft2(one * other.conj(), padded).reshape(len(a), -1).argmax(axis=1)
+    away = jnp.stack(jnp.divmod(peak, 2 * CELLS))
+    shift = jnp.minimum(away, 2 * CELLS - away).max(axis=0) / CELLS
+    return jnp.where(seen, ncc, jnp.nan), jnp.where(seen, shift, jnp.nan)
