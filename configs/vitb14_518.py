@@ -1,7 +1,8 @@
 """ViT-B/14 at 518 px with DINO-M, iBOT-M and DINO-adj: the paper's setting (arXiv 2510.11883).
 
-    python main.py --config=configs/vitb14_518.py --workdir=DIR \\
-        --config.data.sources="(('DATA','train',('2d','dbt'),1.0),)"
+    python main.py --config=configs/vitb14_518.py:data=DATA --workdir=DIR
+    python main.py --config=configs/vitb14_518.py:photometrics=dinov2 --workdir=DIR \\
+        --config.data.sources="(('DATA','train',('2d','dbt'),1.0),('OTHER','train',('2d',),0.5))"
 
 Cost by formula: 3.9 TFLOP an image with dedicated slice pairs; about 3e20 FLOP for 100 epochs of 1.4 M images
 without them. Expected result: not run by us so far; no score is claimed.
@@ -13,8 +14,13 @@ below is ours or DINOv2's, with the reason beside it.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder  # unset, of a type
 
+from configs import options
+
 
 def get_config(arg=None):
+    words, o = options.parse(arg, data="", photometrics="mammo")
+    if words:
+        raise ValueError(f"unexpected {words[0]!r}; options are data=DIR and photometrics=NAME")
     c = ConfigDict()
     c.seed = 0
     c.steps = 125_000  # DINOv2's short recipe (100 "epochs" of 1250 steps)
@@ -120,21 +126,17 @@ def get_config(arg=None):
     )
     c.augment = ConfigDict(
         dict(
-            jitter_prob=0.8,
-            brightness=0.2,
-            contrast=0.2,
-            gamma=0.2,
-            blur_prob=(0.5, 0.1, 0.5),
-            blur_sigma=(0.1, 0.5),  # DINOv2's sigma of up to 2 px teaches a model to ignore calcifications
-            solarize_prob=(0.0, 0.0, 0.0),
+            **options.photometrics(o["photometrics"]),
             adjacent_jitter=0.1,
-            mean=(0.485, 0.456, 0.406),  # ImageNet: what DINOv2's weights expect
+            normalise="given",  # ImageNet's, what DINOv2's weights expect; or "tissue": of the training records
+            mean=(0.485, 0.456, 0.406),
             std=(0.229, 0.224, 0.225),
         )
     )
     c.data = ConfigDict(
         dict(
             sources=(),  # (built folder, split, kinds, weight), ...
+            box="",  # "tissue" or "full": refuse data sets built with another --box
             exclude_flags=("stereo", "spot", "mask_suspect"),  # partial views, doubtful masks
             flat_slices=False,  # slices come in pairs only
             workers=8,
@@ -142,4 +144,4 @@ def get_config(arg=None):
         )
     )
     c.run = ConfigDict(dict(log_every=50, checkpoint_every=1000, keep_checkpoints=2, diagnose_every=1000))
-    return c
+    return options.on_data(c, o["data"])

@@ -9,6 +9,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from mammodino_jax.errors import UserError
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -31,8 +33,13 @@ class AugmentConfig:
     adjacent_jitter: float = (
         0.1  # brightness and contrast of slice pairs, drawn independently for the two slices
     )
+    normalise: str = "given"  # mean and std as written; "tissue": train() measures them on the records first
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self):
+        if self.normalise not in ("given", "tissue"):
+            raise UserError(f'augment.normalise is "{self.normalise}"; expected "given" or "tissue"')
 
 
 def normalise(x_BVSS, c: AugmentConfig, channels: int):

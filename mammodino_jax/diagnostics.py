@@ -164,56 +164,59 @@ class Watch:
     """Tells a failure once when its signature begins, and again when it comes back."""
 
     def __init__(self, recipe, past=(), held_out=None, active: bool = True):
-        """`past`: earlier rows of metrics.jsonl, for the first held-out score; `active`: False never logs."""
+        """Go on after the rows `past` of metrics.jsonl. `active`: False never logs (other processes)."""
         self._recipe, self._active = recipe, active
-        self._rows = collections.deque(maxlen=max(rule.steps for rule in RULES))
-        self._told: dict[str, int] = {}  # last step at which a warning held
-        self._chance = held_out.chance if held_out and held_out.patients >= FEW_PATIENTS else None
-        self._scores = [score for row in past if (score := _score(row)) is not None]
+        self._rows: collections.deque = collections.deque(maxlen=max(rule.steps for rule in RULES))
+        self._held: dict[str, int] = {}  # the last step at which a warning held
+        self._chance = held_out.chance if held_out and held_out.patients >= FEW_PATIENTS else math.nan
+        self._scores: list[float] = []
         self._look: dict[str, float] = {}
+        for row in past:
+            self._take(row["step"], row)
+            self._held |= {name: row["step"] for name in row if name.startswith("warning/")}
 
     def __call__(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """The metrics of a step, with "warning/<name>": 1.0 for each signature that holds."""
-        if (score := _score(metrics)) is not None:
-            self._scores.append(score)
-            self._look = {k: v for k, v in metrics.items() if k.startswith("held_out/")}
-            self._look["lost"] = self._lost()
-        self._rows.append({**self._look, **metrics})
+        self._take(step, metrics)
         holding = {}
         for rule in RULES:
-            sign = self._sign(rule, step)
-            if sign is None:
+            if not (sign := self._sign(rule, step)):
                 continue
-            holding[f"warning/{rule.name}"] = 1.0
-            if self._active and step - self._told.get(rule.name, -AWAY) >= AWAY:
+            name = f"warning/{rule.name}"
+            holding[name] = 1.0
+            if self._active and step - self._held.get(name, -AWAY) >= AWAY:
                 logging.warning(
                     "%s at step %d: %s (%s). Try: %s", rule.name, step, rule.means, sign, rule.advice
                 )
-            self._told[rule.name] = step
+            self._held[name] = step
         return metrics | holding
 
-    def _sign(self, rule: Rule, step: int) -> str | None:
-        """The sign of a rule that holds, in words."""
+    def _take(self, step: int, metrics: dict[str, float]) -> None:
+        score = metrics.get("held_out/knn", metrics.get("held_out/retrieval"))
+        if score is not None:
+            self._scores.append(score)
+            self._look = {name: v for name, v in metrics.items() if name.startswith("held_out/")}
+            self._look["lost"] = self._lost()
+        self._rows.append((step, self._look | metrics))
+
+    def _lost(self) -> float:
+        """Share of the first score's lead over chance that the last two lack; NaN: no lead to speak of."""
+        lead = self._scores[0] - self._chance
+        if len(self._scores) < 3 or not lead >= LEAD:
+            return math.nan
+        return 1 - (max(self._scores[-2:]) - self._chance) / lead
+
+    def _sign(self, rule: Rule, step: int) -> str:
+        """The sign of a rule that holds, in words, or "" where none does."""
         steps = min(rule.steps, self._recipe.steps)
-        if len(self._rows) < steps or (step < start_steps(self._recipe) and not rule.early):
-            return None
-        rows = list(self._rows)[-steps:]
+        rows = [row for at, row in self._rows if at > step - steps]
+        if len(rows) < steps or (step < start_steps(self._recipe) and not rule.early):
+            return ""
         for sign in rule.signs:
             found = [(name, figure(name, rows, self._recipe), how, limit) for name, how, limit in sign]
             if all(_HOLDS[how](value, limit) for _, value, how, limit in found):
                 return ", ".join(f"{name} {value:.4g}, limit {limit:g}" for name, value, _, limit in found)
-        return None
-
-    def _lost(self) -> float:
-        """Share of the first score's lead over chance that the last two have lost; NaN: no lead to speak of."""
-        if self._chance is None or len(self._scores) < 3 or self._scores[0] - self._chance < LEAD:
-            return math.nan
-        last = max(self._scores[-2:])
-        return 1 - (last - self._chance) / (self._scores[0] - self._chance)
-
-
-def _score(row: dict) -> float | None:
-    return row.get("held_out/knn", row.get("held_out/retrieval"))
+        return ""
 
 
 def compare_pairs(one_ASS, other_ASS):

@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "vitb14": ViTConfig(),
     "vitl14": ViTConfig(dim=1024, depth=24, heads=16),
 }
+FOREIGN = ("hub", "timm", "hf", "dbt-dino")  # kinds of names in weight files of others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,8 @@ def load_encoder(spec: str) -> Encoder:
     """Load the encoder that `spec` names.
 
     Args:
-      spec: a training workdir (the teacher of its newest checkpoint), a folder exported as `hf` or `hub`, or
+      spec: a training workdir (the teacher of its newest checkpoint), a folder exported as `hf` or `hub`,
+        foreign weights (`hub:FILE`, `timm:FILE`, `hf:DIR`, `dbt-dino:FILE`, see convert.foreign.read), or
         `random:ARCH` (nano, vits14, vitb14, vitl14) for untrained weights.
 
     Raises:
@@ -71,9 +73,14 @@ def load_encoder(spec: str) -> Encoder:
                 + suggest(arch, ARCHITECTURES)
             )
         return Encoder(spec, ARCHITECTURES[arch], init_params(ARCHITECTURES[arch], None, seed=0))
+    if spec.partition(":")[0] in FOREIGN and ":" in spec:
+        from mammodino_jax.convert import foreign
+
+        return foreign.read(spec)
     folder = Path(spec)
     if not folder.is_dir():
-        raise UserError(f"encoder {spec!r} is neither a folder nor random:ARCH")
+        kinds = ", ".join(f"{kind}:FILE" for kind in FOREIGN)
+        raise UserError(f"encoder {spec!r} is neither a folder nor random:ARCH, {kinds} or hf:DIR")
     if (folder / "checkpoints").is_dir():
         return _from_workdir(folder)
     if (folder / "model.safetensors").is_file():
@@ -81,7 +88,8 @@ def load_encoder(spec: str) -> Encoder:
 
         return exported.load(folder)
     raise UserError(
-        f"{spec} holds neither checkpoints/ (a workdir) nor model.safetensors (an exported folder)"
+        f"{spec} holds neither checkpoints/ (a workdir) nor model.safetensors (an exported folder); "
+        f"weights of others are named with their kind: {', '.join(FOREIGN)}"
     )
 
 

@@ -10,21 +10,21 @@ from pathlib import Path
 from absl import logging
 from tensorboardX import SummaryWriter
 
-from mammodino_jax.data.crops import NOTHING
-
 CONSOLE_SECONDS = 5.0  # at most one console line in so many seconds
-WATCHED = 100  # first steps over which rejected crops are averaged
 
 
 class MetricsWriter:
-    """Writes the metrics of every `log_every`-th and every bad step; only `time/...` entries vary by run."""
+    """Writes the metrics of every `log_every`-th step, of bad ones, looks at held-out images and new warnings.
+
+    Only `time/...` entries vary by run.
+    """
 
     def __init__(self, workdir: Path, start: int, recipe, active: bool = True):
         self._recipe, self._start, self._active = recipe, start, active
         self._began = self._last_console = self._since = time.perf_counter()
         self._wait = self._wait_since = 0.0
         self._steps_since = 0
-        self._rejected = {"global": [], "local": []}
+        self._warned: set[str] = set()  # warnings of the last step
         if not active:
             return
         path = workdir / "metrics.jsonl"
@@ -44,11 +44,10 @@ class MetricsWriter:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         self._steps_since += 1
         r = self._recipe
-        if self._active and step - self._start < WATCHED:
-            self._watch_rejections(metrics, last=step + 1 in (self._start + WATCHED, r.steps))
-        logged = (
-            step % r.run.log_every == 0 or step + 1 == r.steps or metrics["bad"]
-        )  # every bad step has a line
+        warned = {name for name in metrics if name.startswith("warning/")}
+        told = metrics["bad"] or warned - self._warned or any(name.startswith("held_out/") for name in metrics)
+        self._warned = warned
+        logged = step % r.run.log_every == 0 or step + 1 == r.steps or told
         if not (self._active and logged):
             return
         now = time.perf_counter()
@@ -78,21 +77,6 @@ class MetricsWriter:
                 step, r.steps, terms, row["teacher_entropy"],
                 row["time/images_per_s"], 100 * row["time/data_wait"], _clock(eta),
             )  # fmt: skip
-
-    def _watch_rejections(self, metrics: dict[str, float], last: bool) -> None:
-        """Warn, after the first steps, where rho rejects so little that DINO-M's crops are DINOv2's."""
-        for kind, shares in self._rejected.items():
-            share = metrics.get(f"data/{kind}_would_reject", math.nan)
-            shares += [share] if math.isfinite(share) else []
-            rho = getattr(self._recipe.crops, f"{kind}_coverage")
-            if last and shares and rho != 0 and sum(shares) / len(shares) < NOTHING:
-                logging.warning(
-                    "crops.%s_coverage (rho) would reject %.1f %% of free %s crops in the first %d steps: at "
-                    "%s it does nothing on these records. Raise it, or build full-frame records (data_prep "
-                    "build --box full); 0 says that this is meant",
-                    kind, 100 * sum(shares) / len(shares), kind, len(shares),
-                    "its default" if rho is None else rho,
-                )  # fmt: skip
 
     def close(self) -> None:
         if self._active:

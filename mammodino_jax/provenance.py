@@ -4,6 +4,7 @@ They travel in every checkpoint so that an evaluation can refuse test patients o
 """
 
 import hashlib
+from pathlib import Path
 
 from mammodino_jax.data.index import open_split
 from mammodino_jax.data.pipeline import DataConfig
@@ -23,7 +24,8 @@ def collect(data: DataConfig) -> dict:
     Returns:
       {"sources": [[folder, split, kinds, weight], ...], "terms": {data set: terms}, "no_release": [data
       sets whose terms forbid publishing weights or embeddings], "salt": str, "patients": [hash, ...],
-      "pixels": [hash, ...]}, all sorted.
+      "pixels": [hash, ...], "foreign": [name of weights that it started from and that do not say what they
+      saw]}, all sorted.
     """
     patients, pixels, terms, no_release = set(), set(), {}, set()
     for folder, split, *_ in data.sources:
@@ -35,8 +37,37 @@ def collect(data: DataConfig) -> dict:
         pixels |= hashes(table["pixel_hash"].to_pylist())
     sources = [[_text(field) for field in source] for source in data.sources]
     seen = {"patients": sorted(patients), "pixels": sorted(pixels)}
-    about = {"sources": sources, "terms": terms, "no_release": sorted(no_release), "salt": SALT}
+    about = {
+        "sources": sources,
+        "terms": terms,
+        "no_release": sorted(no_release),
+        "salt": SALT,
+        "foreign": [],
+    }
     return about | seen
+
+
+def inherited(weights: str, heads: str = "") -> dict:
+    """Provenance of the weights that a run starts from: what they saw, or, under "foreign", their names."""
+    from mammodino_jax.encoder import load_encoder
+
+    seen = load_encoder(weights).provenance
+    names = [Path(name.partition(":")[2] or name).name for name in (weights, heads) if name]
+    return seen if seen else {"foreign": names}
+
+
+def join(one: dict, other: dict) -> dict:
+    """Both provenances together."""
+    out = dict(one)
+    for name, value in other.items():
+        if name == "terms":
+            out["terms"] = {**value, **one["terms"]}
+        elif isinstance(value, list):
+            mine = out.get(name, [])
+            out[name] = (
+                mine + [v for v in value if v not in mine] if name == "sources" else sorted({*mine, *value})
+            )
+    return out
 
 
 def _text(value) -> str:

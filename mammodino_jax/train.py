@@ -11,10 +11,13 @@ import optax
 from absl import logging
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from mammodino_jax import checkpoint, provenance
 from mammodino_jax.checkpoint import Checkpoints
+from mammodino_jax.convert.pretrained import load_pretrained, merge
 from mammodino_jax.data.pipeline import make_batches
+from mammodino_jax.data.statistics import tissue_statistics
 from mammodino_jax.diagnostics import Watch
 from mammodino_jax.errors import UserError
 from mammodino_jax.held_out import HeldOut
@@ -28,9 +31,12 @@ from mammodino_jax.schedules import Cosine, scaled_lr
 from mammodino_jax.sharding import make_mesh, put_batch, spread_rows, state_shardings
 
 
-def init_state(recipe: Recipe) -> dict:
-    """The train state at step 0: plain dicts of arrays, the teacher equal to the student, no random state."""
-    student = init_params(recipe.model, recipe.head, recipe.seed)
+def init_state(recipe: Recipe, loaded: dict | None = None) -> dict:
+    """The train state at step 0: plain dicts of arrays, the teacher equal to the student, no random state.
+
+    `loaded` are parameters that replace the random ones (convert.pretrained).
+    """
+    student = merge(init_params(recipe.model, recipe.head, recipe.seed), loaded or {})
     if recipe.loss.centering == "centering":
         centers = ("dino", "ibot")
     else:  # Sinkhorn needs none, but for slice pairs that are only centred
@@ -130,7 +136,18 @@ def _flatten(tree: dict, prefix: str = ""):
             yield prefix + key, value
 
 
-def start_or_resume(recipe: Recipe, mesh, checkpoints: Checkpoints):
+def with_statistics(config):
+    """`config` with mean and std measured on the training records, where `augment.normalise` asks for it."""
+    if config.augment.normalise != "tissue":
+        return config
+    recipe, measured = from_config(config), ConfigDict(config.to_dict())
+    mean, std = tissue_statistics(recipe.data)
+    logging.info("tissue of the training records: mean %.4f, deviation %.4f", mean, std)
+    measured.augment.update(mean=(mean,) * recipe.model.channels, std=(std,) * recipe.model.channels)
+    return measured
+
+
+def start_or_resume(recipe: Recipe, mesh, checkpoints: Checkpoints, loaded: dict | None = None):
     """The state to go on from (the newest checkpoint's, else step 0) and the compiled train step."""
     abstract = jax.eval_shape(functools.partial(init_state, recipe))
     shardings = state_shardings(abstract, mesh)
@@ -140,7 +157,7 @@ def start_or_resume(recipe: Recipe, mesh, checkpoints: Checkpoints):
         donate_argnums=0, out_shardings=(shardings, replicated),
     )  # fmt: skip
     if checkpoints.latest is None:
-        return jax.jit(functools.partial(init_state, recipe), out_shardings=shardings)(), step_fn
+        return jax.jit(functools.partial(init_state, recipe), out_shardings=shardings)(loaded), step_fn
     target = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
     )
@@ -156,12 +173,23 @@ def train(config, workdir: str) -> dict:
       UserError: config, data or workdir do not fit; nothing has been written then.
       FloatingPointError: three steps in a row were not finite.
     """
+    config = with_statistics(config)
     recipe, workdir = from_config(config), Path(workdir).absolute()
     check_devices(recipe)
     mesh = make_mesh(recipe.fsdp)
     check_workdir(config, workdir)
-    seen = provenance.collect(recipe.data)
     start = max(checkpoint.steps(workdir / "checkpoints"), default=0)
+    loaded = None
+    if recipe.init.weights and not start:
+        look = recipe.augment
+        loaded = load_pretrained(
+            recipe.init.weights, recipe.init.heads, recipe.model, recipe.head, look.mean, look.std
+        )
+    seen = provenance.collect(recipe.data)
+    if start:
+        seen = provenance.join(seen, checkpoint.load(workdir, "provenance"))
+    elif recipe.init.weights:
+        seen = provenance.join(seen, provenance.inherited(recipe.init.weights, recipe.init.heads))
     batches = make_batches(
         recipe.data, recipe.crops, recipe.mask, recipe.pairs,
         batch_size=recipe.batch_size, dbt_rows=recipe.dbt_rows, steps=max(recipe.steps, start),
@@ -176,7 +204,7 @@ def train(config, workdir: str) -> dict:
         (workdir / "config.json").write_text(json.dumps(_jsonable(config), indent=1))
     logging.info("process %d of %d, devices: %s", jax.process_index(), jax.process_count(), jax.devices())
     checkpoints = Checkpoints(workdir / "checkpoints", keep=recipe.run.keep_checkpoints)
-    state, step_fn = start_or_resume(recipe, mesh, checkpoints)
+    state, step_fn = start_or_resume(recipe, mesh, checkpoints, loaded)
     if int(state["step"]) != start:
         raise UserError(
             f"the newest checkpoint holds step {int(state['step'])}, its folder's name says {start}"

@@ -1,6 +1,8 @@
 """Shared fixtures. Real images and golden files lie beside the project in ../shared; none is committed."""
 
+import importlib.metadata
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -8,9 +10,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # the same small programs are compiled by many tests and subprocesses: compile each once a session
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jax-cache-"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+if "accept" not in sys.argv:  # acceptance runs long enough to be worth compiling well
+    # tests compile more than they compute: a third of the time at the lowest level
+    flags = ["--xla_backend_optimization_level=0"]
+    if importlib.metadata.version("jax").startswith("0.10."):  # unknown to later versions, which would abort
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ.setdefault("XLA_FLAGS", " ".join(flags))
 
 import pytest
-from absl import flags
+from absl import flags as absl_flags
 
 try:  # before timm, lightly or transformers do: all of them import torchvision
     import torchvision
@@ -30,7 +38,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure():
-    flags.FLAGS.mark_as_parsed()  # grain reads an absl flag when it starts worker processes
+    absl_flags.FLAGS.mark_as_parsed()  # grain reads an absl flag when it starts worker processes
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,10 @@ import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from mammodino_jax.convert.hf import config_json, to_hf
-from mammodino_jax.convert.hub import from_hub, to_hub
+from mammodino_jax.convert.hf import config_json, from_hf, to_hf
+from mammodino_jax.convert.hub import from_hub, hub_shapes, to_hub
 from mammodino_jax.encoder import Encoder
 from mammodino_jax.errors import UserError
 from mammodino_jax.model.vit import ViTConfig
@@ -99,36 +98,15 @@ def load(folder: Path) -> Encoder:
     path = Path(folder) / "mammodino.json"
     if not path.is_file():
         raise UserError(
-            f"{folder} has weights but no mammodino.json: not a folder that mammodino_jax exported"
+            f"{folder} has weights but no mammodino.json: not a folder that mammodino_jax exported; "
+            f"give a Hugging Face folder as hf:{folder}"
         )
     about = json.loads(path.read_text())
     vit = ViTConfig(**about["vit"])
-    expected = to_hub(_abstract(vit))
     weights = load_file(Path(folder) / "model.safetensors")
     if about["format"] == "hf":
-        weights = from_hf(weights, expected)
-    if {k: a.shape for k, a in weights.items()} != {k: a.shape for k, a in expected.items()}:
+        weights = from_hf(weights)
+    if {k: a.shape for k, a in weights.items()} != hub_shapes(vit):
         raise UserError(f"{folder}/model.safetensors does not hold the weights that mammodino.json describes")
     mean, std = tuple(about["mean"]), tuple(about["std"])
     return Encoder(about["name"], vit, from_hub(weights), mean, std, about["provenance"])
-
-
-def _abstract(vit: ViTConfig) -> dict:
-    """A backbone's parameters as zeros without initialising it."""
-    import jax
-
-    from mammodino_jax.model.head import init_params
-
-    shapes = jax.eval_shape(lambda: init_params(vit, None, 0))
-    return jax.tree.map(lambda s: np.broadcast_to(np.float32(0), s.shape), shapes)
-
-
-def from_hf(weights: dict[str, np.ndarray], expected: dict) -> dict[str, np.ndarray]:
-    """The inverse of `to_hf` for the hub names in `expected`."""
-    out = {}
-    for name in expected:
-        try:
-            out[name] = np.concatenate([weights[k] for k in to_hf({name: np.zeros(3)})])
-        except KeyError as missing:
-            raise UserError(f"model.safetensors lacks {missing}") from None
-    return out

@@ -27,14 +27,14 @@ _RENAMES = [  # hub name, Hugging Face name; {} is the block number
 _QKV = ("query", "key", "value")
 
 
-def _rename(name: str) -> str:
-    block = re.match(r"blocks\.(\d+)\.", name)
-    number = block[1] if block else ""
-    for hub, hf in _RENAMES:
-        hub, hf = hub.format(number), hf.format(number)
-        if name == hub or (hub.endswith(".") and name.startswith(hub)):
-            return hf + name[len(hub) :]
-    raise ValueError(f"{name} is not a parameter of a DINOv2 backbone")
+def _rename(name: str, source: int, target: int) -> str | None:
+    """`name` of column `source` of _RENAMES in column `target`; None where it has no row."""
+    block = re.search(r"\d+", name)
+    for row in _RENAMES:
+        here, there = (row[i].format(block[0] if block else "") for i in (source, target))
+        if name == here or (here.endswith(".") and name.startswith(here)):
+            return there + name[len(here) :]
+    return None
 
 
 def to_hf(hub: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -46,8 +46,20 @@ def to_hf(hub: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             for part, rows in zip(_QKV, np.split(a, 3), strict=True):
                 out[f"encoder.layer.{number}.attention.attention.{part}.{leaf}"] = np.ascontiguousarray(rows)
         else:
-            out[_rename(name)] = a
+            out[_rename(name, 0, 1)] = a
     return out
+
+
+def from_hf(hf: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The inverse of `to_hf`; names that are not of a DINOv2 backbone stay as they are."""
+    out, parts = {}, {}
+    for name, a in hf.items():
+        found = re.fullmatch(r"encoder\.layer\.(\d+)\.attention\.attention\.(\w+)\.(weight|bias)", name)
+        if found and found[2] in _QKV:
+            parts.setdefault(f"blocks.{found[1]}.attn.qkv.{found[3]}", {})[found[2]] = a
+        else:
+            out[_rename(name, 1, 0) or name] = a
+    return out | {name: np.concatenate([qkv[k] for k in _QKV if k in qkv]) for name, qkv in parts.items()}
 
 
 def config_json(vit: ViTConfig) -> dict:

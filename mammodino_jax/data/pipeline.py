@@ -40,6 +40,7 @@ PLAIN_EVERY = 8  # samples; a plain mask, drawn only to be counted, takes half a
 class DataConfig:
     # (folder, split, kinds, weight) each; the weight is the source's share of the draws within a stream.
     sources: tuple = ()
+    box: str = ""  # "tissue" or "full": refuse sources that were built with another --box
     exclude_flags: tuple[str, ...] = ("stereo", "spot", "mask_suspect")  # partial views, unreliable masks
     flat_slices: bool = False  # True: single tomosynthesis slices in the flat stream too
     workers: int = 0  # processes; 0: threads of this one, enough where the device is the slower side
@@ -93,6 +94,10 @@ def make_batches(
         raise UserError(f"steps {steps} x batch_size {batch_size} must stay below 2^31 samples")
     cv2.setNumThreads(0)
     opened = open_records(data.sources, data.exclude_flags)
+    for (folder, *_), full in zip(data.sources, opened.full, strict=True):
+        if data.box and (data.box == "full") != full:
+            box = "full" if full else "tissue"
+            raise UserError(f"{folder} was built with --box {box}, but data.box asks for {data.box}")
     if opened.dbt.any() and not (dbt_rows or data.flat_slices):
         logging.warning("%d tomosynthesis slices are left out: dbt_rows is 0", opened.dbt.sum())
     flat = _flat_stream(opened, data.flat_slices, seed) if dbt_rows < batch_size else None

@@ -120,7 +120,9 @@ def seen_in_pretraining(encoder, items: Items, tested: np.ndarray, transductive:
             f"{encoder.name} saw {len(patients)} test patients and {len(pixels)} test images in pretraining; "
             "test on others, or pass --transductive to have it said in the table"
         )
-    return "yes" if patients or pixels else "no"
+    if patients or pixels:
+        return "yes"
+    return "unknown" if encoder.provenance.get("foreign") else "no"
 
 
 def plan_entries(args, items: Items, tested: np.ndarray) -> list[Entry]:
