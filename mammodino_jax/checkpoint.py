@@ -53,6 +53,11 @@ def dump(folder: Path, state: dict, batch: dict) -> Path:
     return folder
 
 
+def load_dump(folder: Path, target: dict) -> dict:
+    """The state of a dump, in the shapes, dtypes and shardings of `target`."""
+    return ocp.load_checkpointables(folder / "state", {"state": target})["state"]
+
+
 def steps(folder: Path) -> list[int]:
     """Steps of the finished checkpoints under `folder`, ascending."""
     if not Path(folder).is_dir():

@@ -24,7 +24,7 @@ CELLS = 32  # a side of the maps that slice pairs are compared on
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A named failure. A sign is a tuple of (figure, "<" or ">", limit) that must all hold; any sign will do."""
+    """A named failure. A sign is ((figure, "<" or ">", limit), ...): all must hold; any sign will do."""
 
     name: str
     signs: tuple
@@ -34,8 +34,8 @@ class Rule:
     early: bool = True  # False: not before `start_steps`, where a healthy run looks alike
 
 
-# Figures are metrics (metrics.jsonl) or made of them (`figure`). Behind each limit: healthy and failing values
-# measured on the nano recipe at batch 8 (tests/acceptance/test_learning_failures.py).
+# Figures are metrics or made of them (`figure`). Beside a limit: healthy and failing values of the nano
+# recipe at batch 8, measured by tests/acceptance/test_learning_failures.py.
 RULES = (
     Rule(
         "not_finite",
@@ -61,7 +61,7 @@ RULES = (
         "identical_features",
         ((("cls_cosine", ">", 0.995), ("koleo", ">", 3.0)), (("held_out/rank", "<", 2.0),)),
         "all images have nearly the same CLS token",
-        "look at samples/ (are the images alike?), raise model.layerscale, optim.base_lr or its warmup's pace",
+        "look at samples/ (are the images alike?), raise model.layerscale or optim.base_lr",
         early=False,
     ),
     Rule(
@@ -80,7 +80,7 @@ RULES = (
     Rule(
         "same_patient_neighbours",
         ((("koleo_same_patient", ">", 0.9),),),
-        "nearly every image's nearest neighbour in the batch is of its own patient: features tell patients apart",
+        "nearly every image's nearest neighbour in the batch is of its own patient: a shortcut",
         "more patients a batch (another source or weight), loss.koleo_group across patients",
         early=False,
     ),
@@ -88,7 +88,7 @@ RULES = (
         "held_out_fall",
         ((("lost", ">", 0.6),),),
         "the score on held-out images (held_out/knn or /retrieval) has lost most of its lead over chance",
-        "for a start from weights: longer init.freeze_steps, lower optim.base_lr; stop at an earlier checkpoint",
+        "for a start from weights: longer init.freeze_steps, lower optim.base_lr; take an earlier checkpoint",
     ),
     Rule(
         "mask_failure",
@@ -97,7 +97,7 @@ RULES = (
             (("data/local_spread", "<", 0.4),),
             (("data/global_coverage", ">", 0.999),),
         ),
-        "tissue masks are wrong: crops find no place with enough tissue, crowd at one, or there is no background",
+        "tissue masks look wrong: crops find too little tissue, crowd at one place, or see no background",
         "python -m data_prep report DATA and look at the masks; another --mask or --threshold; lower rho",
     ),
     *(

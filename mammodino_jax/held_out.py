@@ -124,7 +124,7 @@ def _encode(backbone, images_nSS, recipe: Recipe):
 
 
 def effective_rank(x_nD: np.ndarray) -> float:
-    """exp of the entropy of the centred features' singular values, as shares of their sum (Roy, Vetterli 2007).
+    """exp(entropy) of the centred features' singular values, as shares of their sum (Roy, Vetterli 2007).
 
     1: all differ along one line; at most min(n - 1, D).
     """
@@ -147,7 +147,7 @@ def off_diagonal(x_nD: np.ndarray) -> dict[str, float]:
 
 
 def knn(x_nD: np.ndarray, label_n: np.ndarray, patient_n: np.ndarray) -> float:
-    """Balanced accuracy of a k-NN (k 20, T 0.07) whose neighbours are of other patients, on standardised features.
+    """Balanced accuracy of a k-NN (k 20, T 0.07) on standardised features, neighbours of other patients only.
 
     Votes are divided by the frequency of their class, so that chance is 1 / classes. Rows labelled -1 are
     left out.
@@ -166,7 +166,7 @@ def knn(x_nD: np.ndarray, label_n: np.ndarray, patient_n: np.ndarray) -> float:
 
 
 def retrieval(x_nD: np.ndarray, patient_n: np.ndarray, volume_n: np.ndarray) -> float:
-    """Share of images whose nearest image of another volume is of the same patient; NaN where none has one."""
+    """Share of images whose nearest of another volume is of the same patient; NaN: no patient has two."""
     cosine = _cosines(x_nD - x_nD.mean(axis=0))
     others = volume_n[:, None] != volume_n
     same = patient_n[:, None] == patient_n

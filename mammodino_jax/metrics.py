@@ -14,7 +14,7 @@ CONSOLE_SECONDS = 5.0  # at most one console line in so many seconds
 
 
 class MetricsWriter:
-    """Writes the metrics of every `log_every`-th step, of bad ones, looks at held-out images and new warnings.
+    """Writes the metrics of every `log_every`-th step, bad ones, held-out looks and new warnings.
 
     Only `time/...` entries vary by run.
     """
@@ -45,7 +45,9 @@ class MetricsWriter:
         self._steps_since += 1
         r = self._recipe
         warned = {name for name in metrics if name.startswith("warning/")}
-        told = metrics["bad"] or warned - self._warned or any(name.startswith("held_out/") for name in metrics)
+        told = (
+            metrics["bad"] or warned - self._warned or any(name.startswith("held_out/") for name in metrics)
+        )
         self._warned = warned
         logged = step % r.run.log_every == 0 or step + 1 == r.steps or told
         if not (self._active and logged):

@@ -162,7 +162,7 @@ def by_offset(name: str, value_A, offset_A, pairs) -> dict:
 
 
 def watch_pairs(batch: dict, recipe: Recipe) -> dict:
-    """How alike the slices of a batch's pairs are in place and content, from their pixels; {} without pairs."""
+    """How alike the slices of pairs are in place and content, from their pixels; {} without pairs."""
     if "adjacent_crops" not in batch:
         return {}
     other = batch["adjacent_crops"][:, -1]
