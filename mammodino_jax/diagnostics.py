@@ -48,7 +48,7 @@ RULES = (
         "uniform_collapse",
         ((("ce", ">", 0.995), ("ce", "<", 1.005), ("teacher_entropy", ">", 0.98)),),
         "the cross-entropy is stuck at ln K and the teacher's targets are uniform: nothing is learnt",
-        "lower optim.teacher_temp, optim.base_lr or optim.momentum; loss.centering sinkhorn",
+        "lower optim.base_lr, then optim.teacher_temp; loss.centering sinkhorn",
         early=False,
     ),
     Rule(
@@ -66,8 +66,8 @@ RULES = (
     ),
     Rule(
         "diverging",
-        ((("ce", ">", 1.3),),),
-        "the loss has risen above that of random guessing: steps are too large",
+        ((("teacher_distance", ">", 0.7),), (("ce", ">", 1.3),)),
+        "the student runs away from its teacher, or guesses worse than at random: steps are too large",
         "divide optim.base_lr by 2 to 10, lengthen optim.warmup_steps, lower optim.clip",
     ),
     Rule(

@@ -5,6 +5,8 @@ import json
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from make_dataset import breast, row, volume, write_dataset
 
@@ -20,7 +22,7 @@ from mammodino_jax.sharding import make_mesh
 
 LN_K = np.log(1024)
 HEALTHY = {
-    "bad": 0.0, "dino_global": 1.38, "dino_local": 5.6, "teacher_entropy": 0.9, "prototype_kl": 0.002,
+    "bad": 0.0, "teacher_distance": 0.4, "dino_global": 1.38, "dino_local": 5.6, "teacher_entropy": 0.9, "prototype_kl": 0.002,
     "prototypes_dead": 0.0, "cls_cosine": 0.2, "koleo": 0.5, "koleo_same_patient": 0.1, "loss": 17.0,
     "grad_norm/backbone": 5.0, "pair_ncc": 0.96, "pair_shift": 0.0, "data/global_coverage": 0.9,
     "data/global_fallback": 0.0, "data/local_fallback": 0.0, "data/global_would_reject": 0.12,
@@ -39,7 +41,7 @@ SIGNATURES = {
     "coverage_idle_local": {"data/local_would_reject": 0.005},
     "slice_misalignment": {"pair_ncc": 0.2},
     "excessive_masking": {"data/visible_tissue": 4.0},
-    "diverging": {"dino_global": 2.5, "dino_local": 10.0},
+    "diverging": {"teacher_distance": 0.9},
 }
 
 
@@ -88,6 +90,7 @@ def test_every_rule_has_a_signature():
     [
         ("one_prototype", {"teacher_entropy": 0.02}),
         ("one_prototype", {"dino_global": 0.01, "dino_local": 0.03}),
+        ("diverging", {"dino_global": 2.5, "dino_local": 10.0}),
         ("identical_features", {"held_out/rank": 1.1}),
         ("mask_failure", {"data/local_spread": 0.1}),
         ("mask_failure", {"data/global_coverage": 1.0}),
@@ -106,9 +109,8 @@ def test_a_warning_is_told_when_it_begins_and_when_it_comes_back(caplog):
     with caplog.at_level("WARNING"):
         fired(rows)
     assert [r.message.split(":")[0] for r in caplog.records] == [
-        "slice_misalignment at step 19",
-        f"slice_misalignment at step {next(s for s in range(220, len(rows)) if s >= 255)}",
-    ] or len(caplog.records) == 2
+        "slice_misalignment at step 19", "slice_misalignment at step 249",
+    ]  # fmt: skip
 
 
 def test_one_odd_step_is_no_warning():
@@ -289,11 +291,18 @@ def test_looking_changes_nothing_and_says_where(dataset, tmp_path, caplog):
 
 def test_held_out_labels_and_other_splits(tmp_path, caplog):
     """The label with most known values whose classes have enough patients; train where there is no val."""
-    items = []
-    for n in range(12):
-        image = breast(100, 70, n)
-        items.append((image, row(image, f"i{n}", label_few=n % 2 if n < 4 else None, label_many=n % 3)))
-    folder = write_dataset(tmp_path / "data", items)
+    images = [breast(100, 70, n) for n in range(12)]
+    folder = write_dataset(
+        tmp_path / "data", [(image, row(image, f"i{n}")) for n, image in enumerate(images)]
+    )
+    index = pq.read_table(folder / "index.parquet")
+    for name, values in (
+        ("label_few", [n % 2 if n < 4 else None for n in range(12)]),
+        ("label_many", [n % 3 for n in range(12)]),
+        ("label_one", [1] * 12),
+    ):
+        index = index.append_column(name, pa.array(values, pa.int8()))
+    pq.write_table(index, folder / "index.parquet")
     with caplog.at_level("INFO"):
         looks = held_out.HeldOut(from_config(tiny(folder, dbt_rows=0)), make_mesh())
     assert "split train; label_many" in caplog.text and "no split val" in caplog.text
