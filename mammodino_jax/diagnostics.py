@@ -53,7 +53,7 @@ RULES = (
     ),
     Rule(
         "one_prototype",
-        ((("prototype_kl", ">", 0.9),), (("teacher_entropy", "<", 0.1),), (("ce", "<", 0.05),)),
+        ((("prototype_kl", ">", 0.75),), (("teacher_entropy", "<", 0.1),), (("ce", "<", 0.05),)),
         "the targets are close to a single prototype: for all images alike, or too sharp for each",
         "raise optim.teacher_temp, lower optim.base_lr, loss.centering sinkhorn, fewer head.prototypes",
     ),
@@ -109,6 +109,12 @@ RULES = (
             steps=100,
         )
         for kind in ("global", "local")
+    ),
+    Rule(
+        "flat_images",
+        ((("contrast", "<", 3.0),),),
+        "crops hold next to no contrast within the tissue: outlines and brightness are all there is to learn",
+        "look at samples/; python -m data_prep report DATA: another --window, or files that are not images",
     ),
     Rule(
         "slice_misalignment",

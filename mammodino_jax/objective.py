@@ -161,10 +161,12 @@ def by_offset(name: str, value_A, offset_A, pairs) -> dict:
     }
 
 
-def watch_pairs(batch: dict, recipe: Recipe) -> dict:
-    """How alike the slices of pairs are in place and content, from their pixels; {} without pairs."""
+def watch_pixels(batch: dict, recipe: Recipe) -> dict:
+    """Figures of the uint8 crops: contrast within the tissue (grey levels), likeness of slice pairs."""
+    crops, tissue = batch["global_crops"].astype(jnp.float32), batch["global_crops"] > 0
+    metrics = {"contrast": jnp.nanmean(jnp.std(crops, axis=(2, 3), where=tissue))}
     if "adjacent_crops" not in batch:
-        return {}
+        return metrics
     other = batch["adjacent_crops"][:, -1]
     if recipe.pairs.mode == "reuse":
         one = batch["global_crops"][:: batch["global_crops"].shape[0] // other.shape[0], 0]
@@ -172,7 +174,7 @@ def watch_pairs(batch: dict, recipe: Recipe) -> dict:
         one = batch["adjacent_crops"][:, 0]
     ncc, shift = compare_pairs(one, other)
     by_distance = by_offset("pair_ncc", ncc, batch["adjacent_offset"], recipe.pairs)
-    return {"pair_ncc": jnp.nanmean(ncc), "pair_shift": jnp.nanmean(shift), **by_distance}
+    return metrics | {"pair_ncc": jnp.nanmean(ncc), "pair_shift": jnp.nanmean(shift), **by_distance}
 
 
 def move_centers(center: dict, sums: dict) -> dict:
@@ -194,7 +196,7 @@ def gradients(state: dict, batch: dict, key, values: dict, recipe: Recipe, const
         (_, (sums, metrics)), grads = step(
             state["student"], state["teacher"], state["center"], views, key, values, recipe
         )
-        return grads, sums, metrics | watch_pairs(micro, recipe)
+        return grads, sums, metrics | watch_pixels(micro, recipe)
 
     n = recipe.accumulate
     if n == 1:

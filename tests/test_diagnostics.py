@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from failures import FAILURES, phantoms, run
 from make_dataset import breast, row, volume, write_dataset
 
 from configs import nano
@@ -22,7 +23,7 @@ from mammodino_jax.sharding import make_mesh
 
 LN_K = np.log(1024)
 HEALTHY = {
-    "bad": 0.0, "teacher_distance": 0.4, "dino_global": 1.38, "dino_local": 5.6, "teacher_entropy": 0.9, "prototype_kl": 0.002,
+    "bad": 0.0, "contrast": 40.0, "teacher_distance": 0.4, "dino_global": 1.38, "dino_local": 5.6, "teacher_entropy": 0.9, "prototype_kl": 0.002,
     "prototypes_dead": 0.0, "cls_cosine": 0.2, "koleo": 0.5, "koleo_same_patient": 0.1, "loss": 17.0,
     "grad_norm/backbone": 5.0, "pair_ncc": 0.96, "pair_shift": 0.0, "data/global_coverage": 0.9,
     "data/global_fallback": 0.0, "data/local_fallback": 0.0, "data/global_would_reject": 0.12,
@@ -39,6 +40,7 @@ SIGNATURES = {
     "mask_failure": {"data/local_fallback": 0.05},
     "coverage_idle_global": {"data/global_would_reject": 0.005},
     "coverage_idle_local": {"data/local_would_reject": 0.005},
+    "flat_images": {"contrast": 0.5},
     "slice_misalignment": {"pair_ncc": 0.2},
     "excessive_masking": {"data/visible_tissue": 4.0},
     "diverging": {"teacher_distance": 0.9},
@@ -338,3 +340,20 @@ def test_the_third_bad_step_dumps_batch_and_state_and_keeps_checkpoints(dataset,
     monkeypatch.setattr(training, "make_batches", make)
     assert int(training.train(config, tmp_path)["step"]) == 12
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == 12
+
+
+@pytest.fixture(scope="module")
+def small_phantoms(tmp_path_factory):
+    return phantoms(tmp_path_factory.mktemp("phantoms"), patients=10, long_side=128, coarsen=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", ["healthy", "tiny masks", "pairs of another volume", "tissue mask ratio 0.9"]
+)
+def test_failures_name_themselves(small_phantoms, case, tmp_path, monkeypatch):
+    """Acceptance line 6, small (tests/acceptance/test_learning_failures.py)."""
+    config = tiny(small_phantoms, steps=30)
+    fired, error = run(config, tmp_path, FAILURES.get(case), monkeypatch, beyond=0)
+    assert error is None and set(fired) >= ({FAILURES[case].expected} if case in FAILURES else set())
+    assert case in FAILURES or not fired
