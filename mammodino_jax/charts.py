@@ -51,9 +51,9 @@ def _line(ax, rows, name: str, label: str, colour: str) -> None:
 
 
 def training(rows: list[dict]) -> bytes:
-    """Loss terms, KoLeo, teacher entropy and learning rate over the steps of a run."""
+    """Over the steps of a run: loss terms, KoLeo, teacher entropy, learning rate, likeness, rank."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 2, figsize=(10.5, 6.2), width_ratios=(3, 2), layout="constrained")
+        figure, axes = plt.subplots(3, 2, figsize=(10.5, 9), width_ratios=(3, 2), layout="constrained")
         for name, (label, colour) in TERMS.items():
             _line(axes[0, 0], rows, name, label, colour)
         _line(axes[0, 1], rows, "koleo", "KoLeo", PURPLE)
@@ -66,10 +66,16 @@ def training(rows: list[dict]) -> bytes:
         axes[1, 0].set_ylim(0, 1.04)
         axes[1, 1].plot(*series(rows, "lr"), color=INK, linewidth=1.8)  # a schedule is not noisy
         axes[1, 1].ticklabel_format(axis="y", style="sci", scilimits=(-3, -3))
-        titles = ("Loss terms (nats)", "KoLeo", "Teacher entropy (of ln K)", "Learning rate")
+        _line(axes[2, 0], rows, "cls_cosine", "CLS of images", BLUE)
+        _line(axes[2, 0], rows, "pair_ncc", "pixels of slice pairs", GREEN)
+        _line(axes[2, 0], rows, "teacher_distance", "1 - student and teacher", ORANGE)
+        axes[2, 1].plot(*series(rows, "held_out/rank"), "o-", color=BLUE, linewidth=1.8, markersize=4)
+        axes[2, 1].set_ylim(bottom=0)
+        titles = ("Loss terms (nats)", "KoLeo", "Teacher entropy (of ln K)", "Learning rate",
+                  "Likeness (cosine, correlation)", "Effective rank, held-out images")  # fmt: skip
         for ax, title in zip(axes.ravel(), titles, strict=True):
             ax.set_title(title)
-        for ax in (axes[0, 0], axes[1, 0]):
+        for ax in axes[:, 0]:
             place = {"loc": "lower right", "bbox_to_anchor": (1, 0.98), "borderaxespad": 0}
             handles, labels = ax.get_legend_handles_labels()
             ax.legend(
@@ -82,7 +88,7 @@ def training(rows: list[dict]) -> bytes:
                 columnspacing=1,
                 **place,
             )
-        for ax in axes[1]:
+        for ax in axes[2]:
             ax.set_xlabel("step")
         return _svg(figure)
 

@@ -99,7 +99,7 @@ RULES = (
             (("data/global_coverage", ">", 0.999),),
         ),
         "tissue masks look wrong: crops find too little tissue, crowd at one place, or see no background",
-        "python -m data_prep report DATA and look at the masks; another --mask or --threshold; lower rho",
+        "python -m data_prep report DATA and look at the masks; another --mask or --tau; lower rho",
     ),
     *(
         Rule(

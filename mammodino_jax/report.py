@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from mammodino_jax import __version__, charts, checkpoint, metrics
 from mammodino_jax.data import records
+from mammodino_jax.diagnostics import RULES
 from mammodino_jax.errors import UserError, run_command
 from mammodino_jax.evaluate.features import untrained
 from mammodino_jax.evaluate.table import LEGEND, cells, tested
@@ -133,6 +134,19 @@ def batch_section(samples: Path, dbt_rows: int) -> str:
             pairs, "DINO-adj: two slices of a volume in one window; student left, teacher right."
         )
     return section("First training batch", f'<div class="side">{figures}</div>')
+
+
+def warnings_section(rows: list[dict]) -> str:
+    """What the run's diagnostics warned of (diagnostics.RULES), in the order it began."""
+    lines = []
+    for rule in RULES:
+        held = [row["step"] for row in rows if f"warning/{rule.name}" in row]
+        if held:
+            lines.append([rule.name, held[0], held[-1], rule.means, rule.advice])
+    if not lines:
+        return section("Warnings", paragraph("None: no signature of a known failure held at a logged step."))
+    head = ["warning", "first step", "last step", "what it means", "what to try"]
+    return section("Warnings", table(head, sorted(lines, key=lambda line: line[1])))
 
 
 def counters_section(rows: list[dict]) -> str:
@@ -268,6 +282,7 @@ def build(encoder, workdir: Path, data: Path, results: Path, export: Path, outpu
         samples_section(pictures, data),
         batch_section(workdir / "samples", config["dbt_rows"]),
         section("How training went", embed(charts.training(rows), "svg+xml", "loss terms, entropy, lr")),
+        warnings_section(rows),
         counters_section(rows),
         pca_section(encoder, pictures),
         probes_section(evaluation),

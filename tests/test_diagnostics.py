@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -85,6 +86,12 @@ def test_each_signature_raises_its_warning_alone(name, caplog):
 
 def test_every_rule_has_a_signature():
     assert {rule.name for rule in RULES} == set(SIGNATURES) | {"held_out_fall"}
+
+
+def test_the_table_in_the_docs_has_every_rule():
+    text = (Path(__file__).resolve().parents[1] / "docs/diagnostics.md").read_text()
+    for rule in RULES:
+        assert f"`{rule.name.replace('_global', '').replace('_local', '')}" in text, rule.name
 
 
 @pytest.mark.parametrize(

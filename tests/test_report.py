@@ -17,6 +17,7 @@ SECTIONS = (
     "Images as training reads them",
     "First training batch",
     "How training went",
+    "Warnings",
     "Where the crops fell",
     "What the patch tokens see",
     "What the features can do",
@@ -182,6 +183,16 @@ def test_the_command_writes_the_page(monkeypatch, finished, encoder, capsys):
     report.main([part for name, path in finished.items() for part in (f"--{name}", str(path))])
     assert finished["output"].read_text().startswith("<!doctype html>")
     assert str(finished["output"]) in capsys.readouterr().out
+
+
+def test_warnings_are_listed_with_what_to_try():
+    none = [{"step": s} for s in range(5)]
+    assert "None: no signature" in report.warnings_section(none)
+    rows = [{"step": s, **({"warning/mask_failure": 1.0} if 3 <= s < 9 else {})} for s in range(20)]
+    rows[1]["warning/not_finite"] = 1.0
+    told = report.warnings_section(rows)
+    assert "<td>mask_failure</td><td>3</td><td>8</td>" in told and "another --mask" in told
+    assert told.index("not_finite") < told.index("mask_failure")
 
 
 def test_charts_leave_out_what_was_not_logged():
