@@ -13,10 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from make_dataset import breast, row, volume, write_dataset
-from ml_collections import ConfigDict
+from tiny import tiny, tiny_dataset
 
-from configs import nano
 from mammodino_jax import checkpoint, metrics
 from mammodino_jax.data.pipeline import make_batches
 from mammodino_jax.encoder import load_encoder
@@ -29,25 +27,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """40 single images and 10 volumes of 12 slices, synthetic."""
-    images = [breast(100, 70, seed) for seed in range(40)]
-    items = [(image, row(image, f"i{n}")) for n, image in enumerate(images)]
-    for v in range(10):
-        items += volume(f"v{v}", 12, 100, 70)
-    return write_dataset(tmp_path_factory.mktemp("tiny") / "data", items, terms={"test": "synthetic"})
-
-
-def tiny(dataset, **changes) -> ConfigDict:
-    """The nano recipe, smaller still: compiles in seconds."""
-    c = nano.get_config(str(dataset))
-    c.batch_size, c.dbt_rows, c.steps = 8, 4, 8
-    c.crops.update(global_size=42, local_size=28, local_number=2)
-    c.model.update(dim=32, depth=2, heads=2)
-    c.head.update(prototypes=64, bottleneck=16, hidden=32)
-    c.optim.update(warmup_steps=2, freeze_last_layer_steps=1, warmup_teacher_temp_steps=4)
-    c.run.update(checkpoint_every=4)
-    c.update(changes)
-    return c
+    return tiny_dataset(tmp_path_factory.mktemp("tiny") / "data")
 
 
 def rows(workdir) -> list[dict]:
