@@ -12,9 +12,10 @@
 | adj | tissue | anywhere | DINOv2's | yes |
 | full | tissue | tissue >= rho | weighted by tissue | yes |
 
-`dinov2_full` and `dino_m_full` differ as in the paper; on records cropped to the tissue a crop has less to avoid.
-A data set of the other box is refused. Photometrics are equal in all (photometrics=dinov2 for Meta's). Runs without
-slice pairs still see the same slices k. base: nano, vits14, vitb14_518, vitl14. Cost: see the base's head.
+`dinov2_full` and `dino_m_full` differ as in the paper; on records cropped to the tissue a crop has less
+to avoid. A data set of the other box is refused. Photometrics are equal in all (photometrics=dinov2 for
+Meta's). Runs without slice pairs still see the same slices k. base: nano, vits14, vitb14_518, vitl14.
+Cost: see the base's head.
 """
 
 from configs import options
@@ -23,8 +24,8 @@ NAMES = ("dinov2_full", "dinov2_box", "dino_m_full", "dino_m_box", "ibot_m", "ad
 
 
 def get_config(arg="full"):
-    words, o = options.parse(arg, base="vitb14_518", data="", photometrics="mammo")
-    name = options.choose("the ablation", words[0] if words else "full", NAMES)
+    name, o = options.parse(arg, "full", base="vitb14_518", data="", photometrics="mammo")
+    options.choose("the ablation", name, NAMES)
     c = options.base_recipe(o["base"], o["data"])
     c.augment.update(options.photometrics(o["photometrics"]))
     c.data.box = "full" if name.endswith("_full") else "tissue"

@@ -1,24 +1,25 @@
-"""Continue from pretrained weights in two stages: DINOv2, RAD-DINO, DBT-DINO, or a run of ours. ViT-B/14, 518 px.
+"""Continue from pretrained weights in two stages: DINOv2, RAD-DINO, DBT-DINO, or a run of ours. ViT-B/14,
+518 px.
 
     python main.py --config=configs/continue.py:hub:dinov2_vitb14_pretrain.pth --workdir=DIR \\
         --config.data.sources="(('DATA','train',('2d','dbt'),1.0),)"
-    python main.py --config=configs/continue.py:hf:RAD_DINO,heads=RAD_DINO/dino_head.safetensors --workdir=DIR ...
+    python main.py --config=configs/continue.py:hf:RAD,heads=RAD/dino_head.safetensors --workdir=DIR ...
     python main.py --config=configs/continue.py:dbt-dino:FILE.pth --workdir=DIR ...
 
-Released DINOv2 weights have no heads, and fresh heads on a moving backbone wreck it within 30,000 images (k-NN 80 %
-to 10 %, facebookresearch/dinov2 issue 204). So the backbone, but for its patch embedding, stays frozen for 10,000
-steps while the heads warm up, then its rate rises over 1000 steps and stays low and constant: Meta's FINO branch.
-With heads (RAD-DINO, DBT-DINO) the first stage is short. ViT-S: --config.model.dim=384 --config.model.heads=6.
-Cost as in vitb14_518.py. Expected result: see docs/training.md for what a small run did; no score is claimed.
+Released DINOv2 weights have no heads, and fresh heads on a moving backbone wreck it within 30,000 images
+(k-NN 80 % to 10 %, facebookresearch/dinov2 issue 204). So the backbone, but for its patch embedding,
+stays frozen for 10,000 steps while the heads warm up, then its rate rises over 1000 steps and stays low
+and constant: Meta's FINO branch. With heads (RAD-DINO, DBT-DINO) the first stage is short. ViT-S:
+--config.model.dim=384 --config.model.heads=6. Cost as in vitb14_518.py. Expected result: see
+docs/training.md for what a small run did; no score is claimed.
 """
 
 from configs import options, vitb14_518
 
 
 def get_config(arg=None):
-    words, o = options.parse(arg, heads="", data="", photometrics="mammo")
+    weights, o = options.parse(arg, "", heads="", data="", photometrics="mammo")
     c = options.on_data(vitb14_518.get_config(f"photometrics={o['photometrics']}"), o["data"])
-    weights = words[0] if words else ""
     warm = bool(o["heads"]) or weights.startswith("dbt-dino:")
     c.init.update(
         weights=weights, heads=o["heads"], freeze_steps=1000 if warm else 10_000, unfreeze_steps=1000

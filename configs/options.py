@@ -8,22 +8,27 @@ from configs.photometrics import PRESETS
 BASES = ("nano", "vits14", "vitb14_518", "vitl14")  # recipes that others change
 
 
-def parse(arg: str | None, **defaults):
-    """Options of an argument "k=v,k=v"; words without "=" are returned first, in a list.
+def parse(arg: str | None, word: str | None = None, **defaults) -> tuple[str | None, dict]:
+    """The options of an argument "WORD,k=v,k=v".
+
+    Args:
+      arg: what stood after the colon.
+      word: value of WORD, the one part without "=", where it is not given; None: there is no such part.
+      defaults: the options and their values where they are not given.
 
     Raises:
       ValueError: an unknown option, with the known ones.
     """
-    words, options = [], dict(defaults)
+    options, taken = dict(defaults), word is None
     for part in filter(None, (arg or "").split(",")):
         name, given, value = part.partition("=")
-        if not given:
-            words.append(part)
-        elif name not in defaults:
+        if not given and not taken:
+            word, taken = part, True
+        elif not given or name not in defaults:
             raise ValueError(f"unknown option {name!r}; {_nearest(name, defaults)}")
         else:
             options[name] = value
-    return words, options
+    return word, options
 
 
 def choose(what: str, name: str, known):

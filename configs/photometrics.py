@@ -2,9 +2,9 @@
 
 `mammo` is ours: DINOv2's blur (sigma up to 2 px) and solarize teach a model to ignore calcifications.
 `dinov2` is what every released DINOv2 checkpoint was trained with: its GaussianBlur(p) hands 1 - p to
-RandomApply (facebookresearch/dinov2 pull request 411), so global view 1 is never blurred, global view 2 nearly
-always. `dinov2_intended` has the rates that were meant. Hue, saturation and grayscale do nothing on grey images.
-Probabilities are for global view 1, global view 2 and local views.
+RandomApply (facebookresearch/dinov2 pull request 411), so global view 1 is never blurred, global view 2
+nearly always. `dinov2_intended` has the rates that were meant. Hue, saturation and grayscale do nothing
+on grey images. Probabilities are for global view 1, global view 2 and local views.
 """
 
 _DINOV2 = dict(

@@ -4,17 +4,18 @@
     python main.py --config=configs/sweep.py:d=2,data=DATA --workdir=DIR
     python main.py --config=configs/sweep.py:tau=60,data=DATA --workdir=DIR
 
-rho is the least tissue share of all crops, d the slice offset. tau, the percentile of the tissue threshold, belongs
-to preprocessing: `python -m data_prep build --mask percentile --tau 60 --output DATA-tau60` beside DATA, one data
-set a value. base=nano, vits14 (default), vitb14_518 or vitl14; several options may be given at once.
+rho is the least tissue share of all crops, d the slice offset. tau, the percentile of the tissue
+threshold, belongs to preprocessing: `python -m data_prep build --mask percentile --tau 60 --output DATA-
+tau60` beside DATA, one data set a value. base=nano, vits14 (default), vitb14_518 or vitl14; several
+options may be given at once.
 """
 
 from configs import options
 
 
 def get_config(arg=None):
-    words, o = options.parse(arg, rho="", d="", tau="", base="vits14", data="", photometrics="mammo")
-    if words or not (o["rho"] or o["d"] or o["tau"]):
+    _, o = options.parse(arg, rho="", d="", tau="", base="vits14", data="", photometrics="mammo")
+    if not (o["rho"] or o["d"] or o["tau"]):
         raise ValueError("a sweep needs one of rho=SHARE, d=SLICES or tau=PERCENTILE")
     if o["tau"] and not o["data"]:
         raise ValueError("tau needs data=DATA: the run reads DATA-tau<value>")

@@ -3,19 +3,19 @@
     python main.py --config=configs/vitb14_224_518.py:224,data=DATA --workdir=LOW
     python main.py --config=configs/vitb14_224_518.py:518,data=DATA,start=LOW --workdir=HIGH
 
-The second stage follows DINOv2's paper (appendix B.2): it starts from the first one's teacher, heads included, and
-goes through all schedules once more, compressed to 10,000 steps, at a lower rate; position embeddings are
-resampled from 16 x 16 to 37 x 37. How much lower the rate was is unpublished: ours is half.
-Cost by formula: 0.59 TFLOP an image at 224 px, 2.7 at 518 px, without slice pairs.
-Expected result: not run by us so far; no score is claimed.
+The second stage follows DINOv2's paper (appendix B.2): it starts from the first one's teacher, heads
+included, and goes through all schedules once more, compressed to 10,000 steps, at a lower rate; position
+embeddings are resampled from 16 x 16 to 37 x 37. How much lower the rate was is unpublished: ours is
+half. Cost by formula: 0.59 TFLOP an image at 224 px, 2.7 at 518 px, without slice pairs. Expected result:
+not run by us so far; no score is claimed.
 """
 
 from configs import options, vitb14_518
 
 
 def get_config(arg="224"):
-    words, o = options.parse(arg, data="", start="", photometrics="mammo")
-    stage = options.choose("the stage", words[0] if words else "224", ("224", "518"))
+    stage, o = options.parse(arg, "224", data="", start="", photometrics="mammo")
+    options.choose("the stage", stage, ("224", "518"))
     c = options.on_data(vitb14_518.get_config(f"photometrics={o['photometrics']}"), o["data"])
     if stage == "224":
         c.crops.update(global_size=224, local_size=98)

@@ -18,9 +18,7 @@ from configs import options
 
 
 def get_config(arg=None):
-    words, o = options.parse(arg, data="", photometrics="mammo")
-    if words:
-        raise ValueError(f"unexpected {words[0]!r}; options are data=DIR and photometrics=NAME")
+    _, o = options.parse(arg, data="", photometrics="mammo")
     c = ConfigDict()
     c.seed = 0
     c.steps = 125_000  # DINOv2's short recipe (100 "epochs" of 1250 steps)
@@ -128,7 +126,7 @@ def get_config(arg=None):
         dict(
             **options.photometrics(o["photometrics"]),
             adjacent_jitter=0.1,
-            normalise="given",  # ImageNet's, what DINOv2's weights expect; or "tissue": of the training records
+            normalise="given",  # ImageNet's, as DINOv2's weights expect; or "tissue", of the training records
             mean=(0.485, 0.456, 0.406),
             std=(0.229, 0.224, 0.225),
         )

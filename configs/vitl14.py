@@ -2,9 +2,9 @@
 
     python main.py --config=configs/vitl14.py:data=DATA --workdir=DIR --config.fsdp=8
 
-Cost by formula: 8.9 TFLOP an image without slice pairs. Options as in vitb14_518.py. Its feed-forward layers are
-plain MLPs, as in DINOv2's released ViT-L (which is distilled), not SwiGLU as in its pretraining from scratch.
-Expected result: not run by us so far; no score is claimed.
+Cost by formula: 8.9 TFLOP an image without slice pairs. Options as in vitb14_518.py. Its feed-forward
+layers are plain MLPs, as in DINOv2's released ViT-L (which is distilled), not SwiGLU as in its
+pretraining from scratch. Expected result: not run by us so far; no score is claimed.
 """
 
 from configs import vitb14_518

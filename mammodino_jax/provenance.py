@@ -57,16 +57,11 @@ def inherited(weights: str, heads: str = "") -> dict:
 
 
 def join(one: dict, other: dict) -> dict:
-    """Both provenances together."""
-    out = dict(one)
-    for name, value in other.items():
-        if name == "terms":
-            out["terms"] = {**value, **one["terms"]}
-        elif isinstance(value, list):
-            mine = out.get(name, [])
-            out[name] = (
-                mine + [v for v in value if v not in mine] if name == "sources" else sorted({*mine, *value})
-            )
+    """Both provenances together; `other` may lack fields."""
+    out = dict(one, terms={**other.get("terms", {}), **one["terms"]})
+    out["sources"] = one["sources"] + [s for s in other.get("sources", []) if s not in one["sources"]]
+    for name in ("no_release", "patients", "pixels", "foreign"):
+        out[name] = sorted({*one[name], *other.get(name, [])})
     return out
 
 

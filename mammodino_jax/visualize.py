@@ -119,7 +119,11 @@ def default_long_side(encoder) -> int:
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser("python -m mammodino_jax.visualize", description=__doc__)
-    parser.add_argument("--encoder", required=True, help="workdir, export or random:ARCH")
+    parser.add_argument(
+        "--encoder",
+        required=True,
+        help="workdir, export, hub:FILE, timm:FILE, hf:DIR, dbt-dino:FILE or random:ARCH",
+    )
     parser.add_argument("--data", required=True, type=Path, help="a built data set")
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--images", type=int, default=6)

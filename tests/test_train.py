@@ -1,8 +1,6 @@
 """The training loop on a tiny synthetic data set: it learns, resumes, survives bad steps and bad input."""
 
-import dataclasses
 import functools
-import importlib
 import json
 import os
 import signal
@@ -15,10 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from make_dataset import breast, row, volume, write_dataset
-from ml_collections import ConfigDict
+from tiny import tiny, tiny_dataset
 
-from configs import nano
 from mammodino_jax import checkpoint, metrics
 from mammodino_jax.data.pipeline import make_batches
 from mammodino_jax.encoder import load_encoder
@@ -31,25 +27,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """40 single images and 10 volumes of 12 slices, synthetic."""
-    images = [breast(100, 70, seed) for seed in range(40)]
-    items = [(image, row(image, f"i{n}")) for n, image in enumerate(images)]
-    for v in range(10):
-        items += volume(f"v{v}", 12, 100, 70)
-    return write_dataset(tmp_path_factory.mktemp("tiny") / "data", items, terms={"test": "synthetic"})
-
-
-def tiny(dataset, **changes) -> ConfigDict:
-    """The nano recipe, smaller still: compiles in seconds."""
-    c = nano.get_config(str(dataset))
-    c.batch_size, c.dbt_rows, c.steps = 8, 4, 8
-    c.crops.update(global_size=42, local_size=28, local_number=2)
-    c.model.update(dim=32, depth=2, heads=2)
-    c.head.update(prototypes=64, bottleneck=16, hidden=32)
-    c.optim.update(warmup_steps=2, freeze_last_layer_steps=1, warmup_teacher_temp_steps=4)
-    c.run.update(checkpoint_every=4)
-    c.update(changes)
-    return c
+    return tiny_dataset(tmp_path_factory.mktemp("tiny") / "data")
 
 
 def rows(workdir) -> list[dict]:
@@ -213,16 +191,6 @@ def test_main_names_a_mistyped_field(tmp_path):
     done = subprocess.run([*command, "--config.optim.base_lrr=1"], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 2 and 'Did you mean "base_lr"' in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "w").exists()
-
-
-@pytest.mark.parametrize("name", ["nano", "vitb14_518"])
-def test_recipes_name_every_field(name):
-    """A field left to a default could not be set from the command line, and would not be in config.json."""
-    c = importlib.import_module(f"configs.{name}").get_config("data").to_dict()
-    recipe = from_config(c)
-    for field in dataclasses.fields(recipe):
-        if dataclasses.is_dataclass(value := getattr(recipe, field.name)):
-            assert c[field.name].keys() == {f.name for f in dataclasses.fields(value)}, field.name
 
 
 @pytest.mark.parametrize(

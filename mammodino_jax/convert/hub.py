@@ -1,5 +1,7 @@
 """Our parameters <-> DINOv2's PyTorch state dict (hub names). Module names agree, so only layouts change."""
 
+import functools
+
 import jax
 import numpy as np
 
@@ -44,6 +46,7 @@ def from_hub(weights: dict[str, np.ndarray]) -> dict:
     return params
 
 
+@functools.cache
 def hub_shapes(vit: ViTConfig, head: HeadConfig | None = None) -> dict[str, tuple[int, ...]]:
     """{hub name: shape} of what `init_params(vit, head, seed)` makes, without initialising it."""
     abstract = jax.eval_shape(lambda: init_params(vit, head, 0))

@@ -50,7 +50,11 @@ def parse(argv=None) -> argparse.Namespace:
         prog="python -m mammodino_jax.evaluate", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
-        "--encoder", nargs="+", action="extend", required=True, help="workdir, export or random:ARCH"
+        "--encoder",
+        nargs="+",
+        action="extend",
+        required=True,
+        help="workdir, export, hub:FILE, timm:FILE, hf:DIR, dbt-dino:FILE or random:ARCH",
     )
     parser.add_argument("--data", nargs="+", type=Path, required=True, help="built data sets")
     parser.add_argument("--benchmark", required=True, help=", ".join(benchmarks.BENCHMARKS))

@@ -8,7 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from configs import nano
 from mammodino_jax.augment import IMAGENET_MEAN, IMAGENET_STD
@@ -464,4 +464,3 @@ def test_dinov2_starts_a_recipe_of_other_shape(vits14):
     params = load_pretrained(f"hub:{vits14}", "", vit, HEAD)
     fresh = abstract(vit, HEAD)
     assert jax.tree.structure(merge(fresh, params)) == jax.tree.structure(fresh)
-    assert len(load_file(vits14)) == len(to_hub(params["backbone"]))  # 174: its mask token was missing
