@@ -94,7 +94,8 @@ RULES = (
     Rule(
         "mask_failure",
         (
-            (("fallback", ">", 0.01),),
+            (("fallback", ">", 0.01), ("full_frames", "<", 1)),
+            (("data/local_fallback", ">", 0.05),),
             (("data/local_spread", "<", 0.4),),
             (("data/global_coverage", ">", 0.999),),
         ),
@@ -177,7 +178,8 @@ class Watch:
         self._held: dict[str, int] = {}  # the last step at which a warning held
         self._chance = held_out.chance if held_out and held_out.patients >= FEW_PATIENTS else math.nan
         self._scores: list[float] = []
-        self._look: dict[str, float] = {}
+        # on full frames many large windows have no place with rho tissue, whatever the masks
+        self._known = {"full_frames": float(any(held_out.full))} if held_out else {}
         for row in past:
             self._take(row["step"], row)
             self._held |= {name: row["step"] for name in row if name.startswith("warning/")}
@@ -202,9 +204,9 @@ class Watch:
         score = metrics.get("held_out/knn", metrics.get("held_out/retrieval"))
         if score is not None:
             self._scores.append(score)
-            self._look = {name: v for name, v in metrics.items() if name.startswith("held_out/")}
-            self._look["lost"] = self._lost()
-        self._rows.append((step, self._look | metrics))
+            self._known |= {name: v for name, v in metrics.items() if name.startswith("held_out/")}
+            self._known["lost"] = self._lost()
+        self._rows.append((step, self._known | metrics))
 
     def _lost(self) -> float:
         """Share of the first score's lead over chance that the last two lack; NaN: no lead to speak of."""
