@@ -1,18 +1,25 @@
 """A synthetic data set and a recipe that compiles in seconds, for tests that train."""
 
+import numpy as np
 from make_dataset import breast, row, volume, write_dataset
 from ml_collections import ConfigDict
 
 from configs import nano
 
 
-def tiny_dataset(folder, **prep):
-    """40 single images and 10 volumes of 12 slices, synthetic."""
+def tiny_dataset(folder, margin=0, **prep):
+    """40 single images and 10 volumes of 12 slices, synthetic, with `margin` pixels of background around."""
     images = [breast(100, 70, seed) for seed in range(40)]
     items = [(image, row(image, f"i{n}")) for n, image in enumerate(images)]
     for v in range(10):
         items += volume(f"v{v}", 12, 100, 70)
+    if margin:
+        items = [(wide := np.pad(image, margin), columns | frame(wide)) for image, columns in items]
     return write_dataset(folder, items, terms={"test": "synthetic"}, **prep)
+
+
+def frame(image) -> dict:
+    return {"height": image.shape[0], "width": image.shape[1], "coverage": float((image > 0).mean())}
 
 
 def shrink(c: ConfigDict) -> ConfigDict:
