@@ -67,12 +67,12 @@ def training(rows: list[dict]) -> bytes:
         axes[1, 1].plot(*series(rows, "lr"), color=INK, linewidth=1.8)  # a schedule is not noisy
         axes[1, 1].ticklabel_format(axis="y", style="sci", scilimits=(-3, -3))
         _line(axes[2, 0], rows, "cls_cosine", "CLS of images", BLUE)
-        _line(axes[2, 0], rows, "pair_ncc", "pixels of slice pairs", GREEN)
-        _line(axes[2, 0], rows, "teacher_distance", "1 - student and teacher", ORANGE)
+        _line(axes[2, 0], rows, "pair_ncc", "slice pairs", GREEN)
+        _line(axes[2, 0], rows, "teacher_distance", "1 - student to teacher", ORANGE)
         axes[2, 1].plot(*series(rows, "held_out/rank"), "o-", color=BLUE, linewidth=1.8, markersize=4)
         axes[2, 1].set_ylim(bottom=0)
         titles = ("Loss terms (nats)", "KoLeo", "Teacher entropy (of ln K)", "Learning rate",
-                  "Likeness (cosine, correlation)", "Effective rank, held-out images")  # fmt: skip
+                  "Likeness", "Effective rank, held-out images")  # fmt: skip
         for ax, title in zip(axes.ravel(), titles, strict=True):
             ax.set_title(title)
         for ax in axes[:, 0]:
