@@ -126,7 +126,7 @@ RULES = (
     ),
     Rule(
         "excessive_masking",
-        ((("visible", "<", 0.15),), (("data/masked_share", ">", 0.75),)),
+        ((("visible", "<", 0.15), ("data/masked_share", ">", 0.5)), (("data/masked_share", ">", 0.75),)),
         "too few tissue patches of a masked view stay visible for its CLS token to tell anything",
         "lower mask.ratio (DINOv2: 0.1 to 0.5), or mask.of tissue",
     ),

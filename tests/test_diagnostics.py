@@ -43,7 +43,7 @@ SIGNATURES = {
     "coverage_idle_local": {"data/local_would_reject": 0.005},
     "flat_images": {"contrast": 0.5},
     "slice_misalignment": {"pair_ncc": 0.2},
-    "excessive_masking": {"data/visible_tissue": 4.0},
+    "excessive_masking": {"data/visible_tissue": 4.0, "data/masked_share": 0.6},
     "diverging": {"teacher_distance": 0.9},
 }
 
