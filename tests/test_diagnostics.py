@@ -353,10 +353,14 @@ def test_the_third_bad_step_dumps_batch_and_state_and_keeps_checkpoints(dataset,
     assert [r["step"] for r in rows if "warning/not_finite" in r] == [4, 5, 6]
     batch = dict(np.load(tmp_path / "bad/6/batch-0.npz"))
     recipe = from_config(config)
-    abstract = jax.eval_shape(functools.partial(training.init_state, recipe))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here),
+        jax.eval_shape(functools.partial(training.init_state, recipe)),
+    )
     state = checkpoint.load_dump(tmp_path / "bad/6", abstract)
     assert int(state["step"]) == 7
-    assert training.train_step(state, batch, recipe=recipe)[1]["bad"] == 1
+    assert jax.jit(functools.partial(training.train_step, recipe=recipe))(state, batch)[1]["bad"] == 1
     with pytest.raises(FloatingPointError, match="steps 4 to 6"):  # the dump is replaced
         training.train(config, tmp_path)
     monkeypatch.setattr(training, "make_batches", make)
