@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 from scipy.stats import spearmanr
-from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 
 from configs import nano
@@ -117,11 +116,9 @@ def depth_probe(cls_nD: np.ndarray, slices: Slices, target_n: np.ndarray) -> tup
     predicted = np.zeros(len(target_n))
     for i, v in enumerate(volumes):
         test, val = slices.volume == v, slices.volume == volumes[(i + 1) % len(volumes)]
-        fit = ~test & ~val
-        x = standardise(cls_nD, np.flatnonzero(fit))
-        errors = [np.square(_ridge(x, target_n, fit, l2)(x[val]) - target_n[val]).mean() for l2 in RIDGE]
-        x = standardise(cls_nD, np.flatnonzero(~test))
-        predicted[test] = _ridge(x, target_n, ~test, RIDGE[int(np.argmin(errors))])(x[test])
+        tried = _ridge(cls_nD, target_n, ~test & ~val, val)
+        best = np.square(tried - target_n[val]).mean(1).argmin()
+        predicted[test] = _ridge(cls_nD, target_n, ~test, test)[best]
     ranks = [_rank_correlation(predicted[slices.volume == v], target_n[slices.volume == v]) for v in volumes]
     return float(np.mean(ranks)), float(r2_score(target_n, predicted))
 
@@ -130,8 +127,13 @@ def _rank_correlation(a, b) -> float:
     return 0.0 if np.ptp(a) < 1e-9 else float(spearmanr(a, b)[0])
 
 
-def _ridge(x_nD, target_n, fit_n, l2: float):
-    return Ridge(alpha=l2).fit(x_nD[fit_n], target_n[fit_n]).predict
+def _ridge(cls_nD, target_n, fit_n, test_n) -> np.ndarray:
+    """Predictions [len(RIDGE), test] of ridge regressions fitted on `fit_n`, features standardised on it."""
+    x = standardise(cls_nD, np.flatnonzero(fit_n))
+    U, s, Vt = np.linalg.svd(x[fit_n], full_matrices=False)  # x is centred on fit_n
+    mean = target_n[fit_n].mean()
+    found = (s / (s**2 + RIDGE[:, None])) * (U.T @ (target_n[fit_n] - mean))
+    return mean + found @ (x[test_n] @ Vt.T).T
 
 
 def measure(cls_nD: np.ndarray, slices: Slices) -> dict:
@@ -161,6 +163,10 @@ def show(found: dict[str, dict]) -> None:
         for name, f in found.items():
             gap = " | ".join(f"{g:.3f}" for g in f[kind]["gap"])
             print(f"   {kind} | {name} | {gap} | {f[kind]['within_1']:.3f} | {f[kind]['across']:.3f} |")
+    print("   distance (1 - cosine) at offset d within a volume, in % of that across volumes; centred")
+    for name, f in found.items():
+        share = (1 - np.array(f["centred"]["gap"]) / (1 - f["centred"]["across"])) * 100
+        print(f"   {name} | {' | '.join(f'{x:.2f}' for x in share)} |")
     print("   ridge from CLS, leave one volume out | Spearman | R2 | effective rank |")
     for target in ("depth", "from the middle"):
         for name, f in found.items():
