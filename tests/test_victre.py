@@ -1,6 +1,7 @@
 """The VICTRE phantom's tomosynthesis: records as the contract wants, and depth that is in the pixels."""
 
 import cv2
+import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -121,13 +122,21 @@ def test_figures_on_features_with_known_answers():
     assert abs(noise["raw"]["gap"][0]) < 0.1 and noise["depth"]["r2"] < 0.2 and noise["rank"] > 40
 
 
+@pytest.fixture
+def quick_compile():
+    """Two train steps are compiled for a dozen steps each: optimising the programs costs more than it saves."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.mark.slow
-def test_twin_of_line_08(labels, tmp_path, capsys):
+def test_twin_of_line_08(labels, tmp_path, capsys, quick_compile):
     """Line 8 of the learning algorithm, scaled down; tests/acceptance/test_learning_pairs.py."""
 
     def small(c):
         c.crops.update(global_size=42, local_size=28, local_number=2)
-        c.model.update(dim=32, depth=2, heads=2)
+        c.model.update(dim=32, depth=1, heads=2)
         c.head.update(prototypes=64, bottleneck=16, hidden=32)
 
     data = victre.write_volumes(tmp_path, labels, coarsen=4, long_side=96)
