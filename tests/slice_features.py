@@ -1,4 +1,4 @@
-"""What DINO-adj does to the features of tomosynthesis slices: two runs that differ in its weight alone.
+"""What DINO-adj does to the features of tomosynthesis slices: two runs that differ in the term alone.
 
 n slices of all volumes, D width. Volumes weigh equally, however many slices they have.
 """
@@ -21,7 +21,7 @@ from mammodino_jax.evaluate.probes import standardise
 from mammodino_jax.train import train
 
 OFFSETS = range(1, 11)
-WEIGHTS = {"without DINO-adj": 0.0, "with DINO-adj": 1.0}
+MODES = {"without DINO-adj": "none", "with DINO-adj": "dedicated"}  # pairs.mode
 RIDGE = np.logspace(-1, 5, 7)  # L2, chosen by leaving out another volume
 
 
@@ -34,18 +34,15 @@ class Slices:
     depth: np.ndarray
 
 
-def recipe(data: Path, steps: int, adjacent_weight: float):
-    """configs.nano on volumes only: half of the rows are pairs' slices, the others single slices. The weight
-    changes no draw: both runs see the same crops, pairs and masks in the same order.
-
-    In both, the partner slices take part in Sinkhorn-Knopp's batch, so the run without DINO-adj differs in
-    the term alone, but its targets are not those of a run that has no pairs at all.
+def recipe(data: Path, steps: int, mode: str):
+    """configs.nano on volumes only: half of the rows are pairs' slices, the others single slices. The mode
+    changes no draw: both runs see the same slices k, crops and masks in the same order.
     """
     c = nano.get_config(str(data))
     c.steps, c.batch_size, c.dbt_rows = steps, 16, 8
     c.data.flat_slices = True
     c.data.exclude_flags = ()  # all nine volumes, small phantoms with a doubtful mask too: a batch needs eight
-    c.loss.adjacent_weight = adjacent_weight
+    c.pairs.mode = mode
     c.optim.warmup_steps = max(1, steps // 10)
     return c
 
@@ -53,8 +50,8 @@ def recipe(data: Path, steps: int, adjacent_weight: float):
 def train_both(data: Path, folder: Path, steps: int, edit=lambda c: None) -> dict[str, Path]:
     """Workdirs by name; `edit` may change both recipes alike."""
     out = {}
-    for name, weight in WEIGHTS.items():
-        c = recipe(data, steps, weight)
+    for name, mode in MODES.items():
+        c = recipe(data, steps, mode)
         edit(c)
         out[name] = folder / name.replace(" ", "-")
         train(c, str(out[name]))
@@ -173,7 +170,7 @@ def show(found: dict[str, dict]) -> None:
             print(
                 f"   {target} | {name} | {f[target]['spearman']:.3f} | {f[target]['r2']:.3f} | {f['rank']:.1f} |"
             )
-    without, with_ = (found[name] for name in WEIGHTS)
+    without, with_ = (found[name] for name in MODES)
     for kind in ("raw", "centred"):
         larger = [
             d for d, a, b in zip(OFFSETS, with_[kind]["gap"], without[kind]["gap"], strict=True) if a > b
@@ -183,20 +180,25 @@ def show(found: dict[str, dict]) -> None:
               f"{'' if len(larger) in (0, 10) else ', not at the others'}")  # fmt: skip
 
 
-def check_same_images(workdirs: dict[str, Path], steps: int) -> dict[str, tuple[float, float]]:
-    """Assert that both runs logged every step, finite, with equal data counters.
+def check_same_images(workdirs: dict[str, Path], steps: int) -> tuple[float, float]:
+    """Assert that both runs logged every step, finite, with equal counters of the images that both saw.
 
     Returns:
-      The adjacent term over the first and the last tenth of the steps, by name. It is logged in both; without
-      DINO-adj its weight is 0.
+      The adjacent term over the first and the last tenth of the steps, of the run that has it.
     """
-    logs = {name: metrics.read(workdir / "metrics.jsonl") for name, workdir in workdirs.items()}
-    seen = [[{k: v for k, v in r.items() if k.startswith("data/")} for r in log] for log in logs.values()]
+    logs = [metrics.read(workdirs[name] / "metrics.jsonl") for name in MODES]
+    seen = [
+        [
+            {k: v for k, v in r.items() if k.startswith("data/") and not k.startswith("data/adjacent")}
+            for r in log
+        ]
+        for log in logs
+    ]
     assert seen[0] == seen[1] and len(seen[0]) == steps and all(seen[0])
-    assert not any(r["bad"] for log in logs.values() for r in log)
-    tenth = max(1, steps // 10)
-    terms = {name: [r["adjacent"] for r in log] for name, log in logs.items()}
-    return {name: (float(np.mean(t[:tenth])), float(np.mean(t[-tenth:]))) for name, t in terms.items()}
+    assert not any(r["bad"] for log in logs for r in log)
+    assert not any("adjacent" in r for r in logs[0])
+    tenth, term = max(1, steps // 10), [r["adjacent"] for r in logs[1]]
+    return float(np.mean(term[:tenth])), float(np.mean(term[-tenth:]))
 
 
 def check_finite(found: dict[str, dict]) -> None:
