@@ -118,7 +118,9 @@ class Mlp(nnx.Module):
 
 class LayerScale(nnx.Module):
     def __init__(self, c: ViTConfig):
-        self.gamma = nnx.Param(jnp.full((c.dim,), c.layerscale))
+        self.gamma = nnx.Param(
+            jnp.full((c.dim,), c.layerscale, jnp.float32)
+        )  # a weak type would compile twice
 
     def __call__(self, x):
         return x * self.gamma[...].astype(x.dtype)

@@ -84,9 +84,10 @@ def recipe(name: str, two_stages: bool, weights: str, data: Path, seed: int):
     """The `continue` recipe with an ablation's crops and masks, in the sizes of this test."""
     c = importlib.import_module("configs.continue").get_config(weights)
     terms = importlib.import_module("configs.ablation").get_config(f"{name},base=nano")
-    c.crops.update(terms.crops)
-    c.crops.update(SIZES)
-    c.mask, c.data.box, c.pairs.mode = terms.mask, terms.data.box, "none"
+    crops = terms.crops.to_dict()
+    c.crops.update({k: v for k, v in crops.items() if "coverage" in k and v is not None}, **SIZES)
+    c.mask.update(terms.mask.to_dict())
+    c.data.box, c.pairs.mode = terms.data.box, "none"
     c.seed, c.steps, c.batch_size, c.dbt_rows = seed, STEPS, BATCH, 0
     c.data.update(sources=((str(data), "train", ("film",), 1.0),), workers=0)
     c.model.update(dim=384, heads=6, drop_path=0.0, remat=False, dtype="bfloat16" if GPU else "float32")
