@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 STUDENT_TEMP = 0.1  # both heads, as in DINOv2
+CELLS = 32  # a side of the maps that slice pairs are compared on
 
 
 def center_softmax(logits_RK, center_K, temp):
@@ -173,3 +174,41 @@ def pair_gap(one_AD, other_AD):
     cos_AA = jnp.matmul(_unit(one_AD), _unit(other_AD).T, precision="highest")
     within = jnp.diagonal(cos_AA)
     return within - (cos_AA.sum(axis=1) - within) / (A - 1)
+
+
+def compare_pairs(one_ASS, other_ASS):
+    """How alike the two slices of a pair are in content and place.
+
+    Args:
+      one_ASS, other_ASS: uint8 crops, background 0.
+
+    Returns:
+      Normalised cross-correlation over their common tissue [A], and the shift between them [A]: the place of
+      the peak of their cross-correlation, the larger of |dy| and |dx|, as a share of the side. Both from maps
+      of 32 x 32 cells; NaN where the common tissue has no contrast.
+    """
+
+    def to_cells(x_ASS):
+        return jax.image.resize(x_ASS.astype(jnp.float32), (len(x_ASS), CELLS, CELLS), "linear")
+
+    def centred(x_ACC, where):
+        mean = x_ACC.sum((1, 2), keepdims=True, where=where) / jnp.maximum(
+            where.sum((1, 2), keepdims=True), 1
+        )
+        return (x_ACC - mean) * where
+
+    tissue = [to_cells(x > 0) for x in (one_ASS, other_ASS)]
+    # the mean of the tissue in a cell, so that an outline is not taken for content
+    grey = [to_cells(x) / jnp.maximum(t, 1e-3) for x, t in zip((one_ASS, other_ASS), tissue, strict=True)]
+    tissue = [t > 0.5 for t in tissue]
+    a, b = (centred(g, tissue[0] & tissue[1]) for g in grey)
+    power = jnp.sqrt(jnp.sum(a * a, (1, 2)) * jnp.sum(b * b, (1, 2)))
+    seen = power > CELLS**2  # a contrast of one grey level and more
+    ncc = jnp.sum(a * b, (1, 2)) / jnp.maximum(power, 1.0)
+
+    padded = (2 * CELLS, 2 * CELLS)
+    one, other = (jnp.fft.rfft2(centred(g, t), padded) for g, t in zip(grey, tissue, strict=True))
+    peak = jnp.fft.irfft2(one * other.conj(), padded).reshape(len(a), -1).argmax(axis=1)
+    away = jnp.stack(jnp.divmod(peak, 2 * CELLS))
+    shift = jnp.minimum(away, 2 * CELLS - away).max(axis=0) / CELLS
+    return jnp.where(seen, ncc, jnp.nan), jnp.where(seen, shift, jnp.nan)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from mammodino_jax import losses
 from mammodino_jax.augment import photometric, photometric_pairs
-from mammodino_jax.diagnostics import compare_pairs
 from mammodino_jax.model.head import bind
 from mammodino_jax.recipe import Recipe
 
@@ -172,7 +171,7 @@ def watch_pixels(batch: dict, recipe: Recipe) -> dict:
         one = batch["global_crops"][:: batch["global_crops"].shape[0] // other.shape[0], 0]
     else:
         one = batch["adjacent_crops"][:, 0]
-    ncc, shift = compare_pairs(one, other)
+    ncc, shift = losses.compare_pairs(one, other)
     by_distance = by_offset("pair_ncc", ncc, batch["adjacent_offset"], recipe.pairs)
     return metrics | {"pair_ncc": jnp.nanmean(ncc), "pair_shift": jnp.nanmean(shift), **by_distance}
 

@@ -17,7 +17,8 @@ from mammodino_jax import checkpoint, held_out, metrics
 from mammodino_jax import train as training
 from mammodino_jax.data.crops import Window
 from mammodino_jax.data.pipeline import spread
-from mammodino_jax.diagnostics import AWAY, BY_NAME, RULES, WINDOW, Watch, compare_pairs, start_steps
+from mammodino_jax.diagnostics import AWAY, BY_NAME, RULES, WINDOW, Watch, start_steps
+from mammodino_jax.losses import compare_pairs
 from mammodino_jax.metrics import MetricsWriter
 from mammodino_jax.recipe import from_config
 from mammodino_jax.sharding import make_mesh
