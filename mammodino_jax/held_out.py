@@ -4,10 +4,12 @@ n images, D width, S side. Nothing here touches the train state.
 """
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow.parquet as pq
 from absl import logging
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -101,13 +103,14 @@ def _labels(opened: Records, places: np.ndarray, patient: np.ndarray) -> tuple[s
     """
     columns: dict[str, np.ndarray] = {}
     for number, shards in enumerate(opened.shards):
-        _, table = open_split(shards.folder, shards.split)
+        schema = pq.read_schema(Path(shards.folder) / "index.parquet")
+        names = [name for name in schema.names if name.startswith("label_")]
+        _, table = open_split(shards.folder, shards.split, names)
         mine = np.flatnonzero(opened.source[places] == number)
-        for name in table.column_names:
-            if name.startswith("label_"):
-                values = table[name].fill_null(-1).to_numpy().astype(np.int64)
-                column = columns.setdefault(name, np.full(len(places), -1))
-                column[mine] = values[opened.record[places[mine]]]
+        for name in names:
+            values = table[name].fill_null(-1).to_numpy().astype(np.int64)
+            column = columns.setdefault(name, np.full(len(places), -1))
+            column[mine] = values[opened.record[places[mine]]]
     for column in columns.values():
         for value in np.unique(column):
             if len(np.unique(patient[column == value])) < CLASS_PATIENTS:
