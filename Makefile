@@ -50,8 +50,7 @@ accept-preprocessing: $(VENV)/dev.stamp
 	$(PY) -m pytest -s -m accept tests/acceptance/test_preprocessing.py
 
 accept-learning: $(VENV)/dev.stamp
-	$(PY) -m pytest -s -m accept tests/acceptance/test_learning.py tests/acceptance/test_learning_parity.py \
-	  tests/acceptance/test_learning_failures.py
+	$(PY) -m pytest -s -m accept tests/acceptance/test_learning*.py
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -38,7 +38,7 @@ REPO = Path(__file__).resolve().parents[2]
 GPU = jax.default_backend() != "cpu"
 LONG_SIDE = 518 if GPU else 196  # of the whole images that are probed
 SIZES = dict(global_size=518, local_size=98, local_number=8) if GPU else dict(global_size=70, local_size=42, local_number=2)  # fmt: skip
-BATCH, STEPS, FREEZE, THAW = (32, 600, 200, 50) if GPU else (16, 40, 16, 4)
+BATCH, STEPS, FREEZE, THAW = (32, 600, 200, 50) if GPU else (16, 32, 12, 4)
 SEEDS = [int(s) for s in os.environ.get("MAMMODINO_SEEDS", "0").split()]
 TASKS = {"density (F, G, D), macro": "density", "abnormality": "abnormal"}
 TRAINED = {"naive unfreeze": ("full", False), "two-stage, plain DINOv2 (box)": ("dinov2_box", True),
@@ -92,7 +92,7 @@ def recipe(name: str, two_stages: bool, weights: str, data: Path, seed: int):
     c.data.update(sources=((str(data), "train", ("film",), 1.0),), workers=0)
     c.model.update(dim=384, heads=6, drop_path=0.0, remat=False, dtype="bfloat16" if GPU else "float32")
     c.head.update(prototypes=1024, bottleneck=64, hidden=512, separate_ibot=False)
-    c.loss.update(centering="centering", drop_path_group=0)
+    c.loss.drop_path_group = 0
     c.init.update(freeze_steps=FREEZE if two_stages else 0, unfreeze_steps=THAW if two_stages else 0)
     c.optim.update(
         base_lr=2e-3,  # 2.5e-4 at this batch: few steps must do
