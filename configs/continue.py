@@ -14,23 +14,28 @@ and constant: Meta's FINO branch. With heads (RAD-DINO, DBT-DINO) the first stag
 docs/training.md for what a small run did; no score is claimed.
 """
 
+from ml_collections.config_dict import placeholder
+
 from configs import options, vitb14_518
 
 
 def get_config(arg=None):
     weights, o = options.parse(arg, "", heads="", data="", photometrics="mammo")
     c = options.on_data(vitb14_518.get_config(f"photometrics={o['photometrics']}"), o["data"])
-    warm = bool(o["heads"]) or weights.startswith("dbt-dino:")
+    ours = bool(weights) and weights.partition(":")[0] not in ("hub", "timm", "hf", "dbt-dino")
+    warm = ours or bool(o["heads"]) or weights.startswith("dbt-dino:")
     c.init.update(
         weights=weights, heads=o["heads"], freeze_steps=1000 if warm else 10_000, unfreeze_steps=1000
     )
     c.steps = 25_000
+    del c.model.image_size  # it would follow crops.global_size
     c.model.image_size = 518  # the grid of the weights' position embeddings, whatever the crops
-    c.model.update(pos_antialias=False, pos_offset=0.1)  # as weights without registers were trained
-    c.head.separate_ibot = not warm  # RAD-DINO and DBT-DINO have one head for both
+    if not ours:  # with registers: --config.model.pos_antialias=True --config.model.pos_offset=0.0
+        c.model.update(pos_antialias=False, pos_offset=0.1)  # as weights without registers were trained
+    c.head.separate_ibot = ours or not warm  # DBT-DINO has one head for both; RAD-DINO, we assume, too
     c.optim.update(
         base_lr=2e-4,  # FINO's 5e-5 by DINOv3's rule, which has a factor of 4 more
-        final_lr=None,  # constant: nobody knows how long is long enough
+        final_lr=placeholder(float),  # unset: constant; nobody knows how long is long enough
         warmup_steps=3000,
         freeze_last_layer_steps=450,
         weight_decay=0.04,

@@ -4,8 +4,8 @@
     python main.py --config=configs/vitb14_518.py:photometrics=dinov2 --workdir=DIR \\
         --config.data.sources="(('DATA','train',('2d','dbt'),1.0),('OTHER','train',('2d',),0.5))"
 
-Cost by formula: 3.9 TFLOP an image with dedicated slice pairs; about 3e20 FLOP for 100 epochs of 1.4 M images
-without them. Expected result: not run by us so far; no score is claimed.
+Cost by formula: 2.7 TFLOP an image and 1.2 a dedicated slice pair: 3.0 an image with a pair for every fourth;
+about 4e20 FLOP for 100 epochs of 1.4 M images. Expected result: not run by us so far; no score is claimed.
 
 The paper leaves tau, rho, d, the loss weights, batch, schedules and augmentations unpublished. Every value
 below is ours or DINOv2's, with the reason beside it.
@@ -59,7 +59,7 @@ def get_config(arg=None):
     c.pairs = ConfigDict(
         dict(
             mode="dedicated",  # the paper's: both slices under conservative transforms of their own
-            symmetric=False,  # the paper's student sees slice k alone; True costs 1.2 TFLOP an image more
+            symmetric=False,  # the paper's student sees slice k alone; True costs 1.2 TFLOP a pair more
             offsets=(1, 2),  # d: a structure stays in view over one to two 1-mm slices
             unit="slices",
             end_share=0.1,

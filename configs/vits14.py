@@ -12,5 +12,4 @@ from configs import vitb14_518
 def get_config(arg=None):
     c = vitb14_518.get_config(arg)
     c.model.update(dim=384, heads=6)
-    c.loss.koleo_group = 0
     return c

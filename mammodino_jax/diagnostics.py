@@ -180,15 +180,18 @@ def figure(name: str, rows, recipe) -> float:
 class Watch:
     """Tells a failure once when its signature begins, and again when it comes back."""
 
-    def __init__(self, recipe, past=(), held_out=None, active: bool = True):
-        """Go on after the rows `past` of metrics.jsonl. `active`: False never logs (other processes)."""
+    def __init__(self, recipe, past=(), held_out=None, active: bool = True, full: bool = False):
+        """Go on after the rows `past` of metrics.jsonl.
+
+        `active`: False never logs (other processes). `full`: some records are full frames, where many large
+        windows have no place with rho tissue, whatever the masks.
+        """
         self._recipe, self._active = recipe, active
         self._rows: collections.deque = collections.deque(maxlen=max(rule.steps for rule in RULES))
         self._held: dict[str, int] = {}  # the last step at which a warning held
         self._chance = held_out.chance if held_out and held_out.patients >= FEW_PATIENTS else math.nan
         self._scores: list[float] = []
-        # on full frames many large windows have no place with rho tissue, whatever the masks
-        self._known = {"full_frames": float(any(held_out.full))} if held_out else {}
+        self._known = {"full_frames": float(full)}
         for row in past:
             self._take(row["step"], row)
             self._held |= {name: row["step"] for name in row if name.startswith("warning/")}

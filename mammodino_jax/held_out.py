@@ -33,7 +33,6 @@ class HeldOut:
     def __init__(self, recipe: Recipe, mesh):
         data, S = recipe.data, recipe.crops.global_size
         split, opened = _open(data.sources, data.exclude_flags)
-        self.full = opened.full
         n = len(opened.record)
         places = np.unique(np.linspace(0, n - 1, min(n, IMAGES)).round().astype(int))
         self.patient = opened.patient[places]

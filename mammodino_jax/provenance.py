@@ -52,8 +52,9 @@ def inherited(weights: str, heads: str = "") -> dict:
     from mammodino_jax.encoder import load_encoder
 
     seen = load_encoder(weights).provenance
-    names = [Path(name.partition(":")[2] or name).name for name in (weights, heads) if name]
-    return seen if seen else {"foreign": names}
+    names = [heads] if seen else [weights.partition(":")[2] or weights, heads]
+    foreign = [Path(name).name for name in names if name]
+    return {**seen, "foreign": sorted({*foreign, *seen.get("foreign", [])})}
 
 
 def join(one: dict, other: dict) -> dict:

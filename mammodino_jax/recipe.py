@@ -111,7 +111,22 @@ def from_config(config) -> Recipe:
     return recipe
 
 
+def _check_init(r: Recipe) -> None:
+    c = r.init
+    if not c.weights and (c.heads or c.freeze_steps or c.unfreeze_steps):
+        raise UserError(
+            "config.init.weights is empty, but heads, freeze_steps or unfreeze_steps are set: a random "
+            "backbone would be frozen. Give weights, e.g. --config=configs/continue.py:hub:FILE"
+        )
+    if min(c.freeze_steps, c.unfreeze_steps) < 0 or c.freeze_steps >= r.steps:
+        raise UserError(
+            f"config.init.freeze_steps {c.freeze_steps} and unfreeze_steps {c.unfreeze_steps} must not be "
+            f"negative, and the backbone must thaw before the last of {r.steps} steps"
+        )
+
+
 def _check(r: Recipe) -> None:
+    _check_init(r)
     if r.loss.centering not in ("centering", "sinkhorn"):
         hint = suggest(r.loss.centering, ("centering", "sinkhorn"))
         raise UserError(
@@ -143,9 +158,11 @@ def _check(r: Recipe) -> None:
             "use centering, or accumulate 1"
         )
     rows, pairs = r.batch_size // r.accumulate, r.dbt_rows // r.accumulate  # of a micro-batch
-    group = min(r.loss.drop_path_group, pairs)
+    group = min(r.loss.drop_path_group, pairs) if r.pairs.mode == "dedicated" else 0
     if group and pairs % group:
-        raise UserError(f"config.loss.drop_path_group {group} does not divide the {pairs} dbt_rows of a step")
+        raise UserError(
+            f"config.loss.drop_path_group {group} does not divide config.dbt_rows / accumulate {pairs}"
+        )
     for name in ("global_size", "local_size"):
         size = getattr(r.crops, name)
         if size % r.model.patch_size:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from mammodino_jax import checkpoint, provenance
 from mammodino_jax.checkpoint import Checkpoints
 from mammodino_jax.convert.pretrained import load_pretrained, merge
+from mammodino_jax.data.index import full_frames
 from mammodino_jax.data.pipeline import make_batches
 from mammodino_jax.data.statistics import tissue_statistics
 from mammodino_jax.diagnostics import Watch
@@ -104,6 +105,8 @@ def train_step(state: dict, batch: dict, *, recipe: Recipe, constrain=lambda x: 
     metrics |= {
         f"data/{k.removeprefix('count/')}": jnp.nanmean(v) for k, v in batch.items() if k.startswith("count/")
     }
+    if "adjacent_gap_mm" in batch:
+        metrics["data/adjacent_gap_mm"] = jnp.nanmean(batch["adjacent_gap_mm"])
     return new, {**metrics, **values, "bad": 1.0 - finite.astype(jnp.float32)}
 
 
@@ -138,10 +141,11 @@ def _flatten(tree: dict, prefix: str = ""):
 
 def with_statistics(config):
     """`config` with mean and std measured on the training records, where `augment.normalise` asks for it."""
-    if config.augment.normalise != "tissue":
+    recipe = from_config(config)
+    if recipe.augment.normalise != "tissue":
         return config
-    recipe, measured = from_config(config), ConfigDict(config.to_dict())
-    mean, std = tissue_statistics(recipe.data)
+    measured = ConfigDict(config.to_dict())
+    mean, std = tissue_statistics(recipe.data, recipe.dbt_rows / recipe.batch_size)
     logging.info("tissue of the training records: mean %.4f, deviation %.4f", mean, std)
     measured.augment.update(mean=(mean,) * recipe.model.channels, std=(std,) * recipe.model.channels)
     return measured
@@ -210,7 +214,10 @@ def train(config, workdir: str) -> dict:
             f"the newest checkpoint holds step {int(state['step'])}, its folder's name says {start}"
         )
     writer = MetricsWriter(workdir, start, recipe, active=jax.process_index() == 0)
-    watch = Watch(recipe, read(workdir / "metrics.jsonl"), held_out, active=jax.process_index() == 0)
+    watch = Watch(
+        recipe, read(workdir / "metrics.jsonl"), held_out, active=jax.process_index() == 0,
+        full=any(full_frames(folder) for folder, *_ in recipe.data.sources),
+    )  # fmt: skip
     bad, pending = 0, None
 
     def settle(step: int, metrics: dict, batch: dict):

@@ -52,7 +52,7 @@ SIGNATURES = {
 class Patients:
     """What a Watch asks of a HeldOut."""
 
-    chance, patients, full = 0.25, 40, (False,)
+    chance, patients = 0.25, 40
 
 
 def recipe_of(steps=300, **crops):
@@ -114,10 +114,7 @@ def test_other_signs_of_the_same_failure(name, values):
 
 
 def test_global_fallbacks_on_full_frames_say_nothing_of_masks():
-    class FullFrames(Patients):
-        full = (True,)
-
-    watch = Watch(recipe_of(), held_out=FullFrames())
+    watch = Watch(recipe_of(), full=True)
     for step in range(60):
         told = watch(step, HEALTHY | {"data/global_fallback": 0.4, "data/local_fallback": 0.01})
     assert not any(name.startswith("warning/") for name in told)

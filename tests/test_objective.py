@@ -175,7 +175,7 @@ def test_weight_of_the_pairs_follows_its_schedule():
 
 
 def test_frozen_backbone_moves_only_its_patch_embedding_until_it_thaws():
-    r = recipe(init={"freeze_steps": 3, "unfreeze_steps": 4})
+    r = recipe(init={"weights": "hub:never read", "freeze_steps": 3, "unfreeze_steps": 4})
     rates = [float(schedule(r, s)["body_lr"] / schedule(r, s)["lr"]) for s in range(9)]
     np.testing.assert_allclose(rates, [0, 0, 0, 0.2, 0.4, 0.6, 0.8, 1, 1], rtol=1e-5)
     step = jax.jit(functools.partial(train_step, recipe=r))

@@ -10,6 +10,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs import ablation, nano, vitb14_518
+from mammodino_jax.errors import UserError
 from mammodino_jax.recipe import from_config
 from mammodino_jax.train import schedule
 
@@ -94,6 +95,31 @@ def test_continuation_is_constant_after_its_ramps_and_short_where_heads_are_know
     assert 0.4 < float(rates[3]["body_lr"]) / peak < 0.6
     assert [float(r["body_lr"]) for r in rates[4:]] == pytest.approx([peak, peak])
     assert float(rates[1]["lr"]) == float(rates[-1]["lr"]) == pytest.approx(peak)
+
+
+def test_continuation_keeps_the_grid_of_its_weights():
+    c = config("continue", "hub:FILE")
+    c.crops.global_size = 70
+    assert from_config(c).model.grid == 37 and not from_config(c).model.pos_antialias
+    ours = from_config(config("continue", "RUN"))  # has heads, and the positions of new training
+    assert ours.init.freeze_steps == 1000 and ours.head.separate_ibot and ours.model.pos_antialias
+    c.optim.final_lr = 1e-6  # constant unless set
+    assert from_config(c).optim.final_lr == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("arg", "init", "message"),
+    [
+        ("", {}, "weights is empty"),
+        ("hub:FILE", {"freeze_steps": 25_000}, "must thaw"),
+        ("hub:FILE", {"unfreeze_steps": -1}, "negative"),
+    ],
+)
+def test_a_start_that_cannot_be_is_named(arg, init, message):
+    c = config("continue", arg)
+    c.init.update(init)
+    with pytest.raises(UserError, match=message):
+        from_config(c)
 
 
 def test_unset_fields_take_values_from_the_command_line(monkeypatch):

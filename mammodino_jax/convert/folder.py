@@ -23,7 +23,7 @@ tags: [mammography, dinov2, self-supervised]
 A ViT-{dim}x{depth}/{patch} encoder of mammograms, pretrained with mammodino_jax {version}: an independent,
 unofficial implementation of MammoDINO (arXiv 2510.11883). Research only, not a medical device.
 
-Pretrained on: {sources}. Terms of the sources: {terms}.
+Pretrained on: {sources}. Terms of the sources: {terms}.{foreign}
 
 Input: grey records as `python -m data_prep build` writes them (breast box, 8 bit, background 0),
 scaled to [0, 1], {channels}, then (x - mean) / std with mean {mean} and std {std}.
@@ -83,6 +83,7 @@ def export(encoder: Encoder, form: str, output: Path, version: str) -> None:
         version=version, size=vit.image_size, mean=encoder.mean, std=encoder.std,
         sources="; ".join(" ".join(s) for s in seen.get("sources", [])) or "nothing recorded",
         terms="; ".join(f"{k}: {v}" for k, v in seen.get("terms", {}).items()) or "none recorded",
+        foreign="".join(f" Started from {name}, whose terms apply, too." for name in seen.get("foreign", [])),
         channels="repeated to 3 channels" if vit.channels == 3 else "one channel",
         usage=_USAGE[form].format(**facts),
     )  # fmt: skip

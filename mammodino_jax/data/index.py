@@ -134,6 +134,11 @@ def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray, list]:
     return encoded.indices.fill_null(-1).to_numpy().astype(np.int64), encoded.dictionary.to_pylist()
 
 
+def full_frames(folder: str | Path) -> bool:
+    """Whether the records of a built data set are full frames, not cropped to the tissue."""
+    return records.read_prep(folder).get("settings", {}).get("box") == "full"
+
+
 def open_records(sources, exclude_flags=()) -> Records:
     """Open all sources.
 
@@ -177,7 +182,7 @@ def open_records(sources, exclude_flags=()) -> Records:
         })  # fmt: skip
         shards.append(opened)
         weights.append(float(weight))
-        full.append(records.read_prep(folder).get("settings", {}).get("box") == "full")
+        full.append(full_frames(folder))
         volume_count += len(volume_ids)
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     order = np.lexsort((columns["slice_index"], columns["volume"]))
