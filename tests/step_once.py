@@ -15,7 +15,8 @@ START = 40  # after the warmup: the first learning rate is 0
 
 
 def main(config_path, batch_path, out_path, devices, fsdp):
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    os.environ["XLA_FLAGS"] = flags
     import jax
     import numpy as np
 

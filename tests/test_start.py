@@ -8,7 +8,8 @@ import pytest
 from safetensors.numpy import save_file
 from tiny import shrink, tiny, tiny_dataset
 
-from mammodino_jax import checkpoint
+from mammodino_jax import checkpoint, provenance
+from mammodino_jax.convert import folder
 from mammodino_jax.convert.hub import to_hub
 from mammodino_jax.data.pipeline import DataConfig
 from mammodino_jax.data.statistics import tissue_statistics
@@ -25,7 +26,8 @@ def dataset(tmp_path_factory):
 
 
 def equal(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.allclose(x, y, rtol=0, atol=1e-6) for x, y in pairs)
 
 
 def test_continuation_starts_from_the_weights_and_says_so(dataset, tmp_path):
@@ -34,12 +36,12 @@ def test_continuation_starts_from_the_weights_and_says_so(dataset, tmp_path):
     c.data.update(sources=((str(dataset), "train", ("2d", "dbt"), 1.0),), workers=0)
     c.model.update(dim=128, heads=2, image_size=42, drop_path=0.0, remat=False, dtype="float32")
     c.loss.drop_path_group = 0
-    c.init.update(freeze_steps=4, unfreeze_steps=1)
+    c.init.update(freeze_steps=4, unfreeze_steps=10**7)  # step 4 moves it by nothing to speak of
     c.optim.update(warmup_steps=1, base_lr=0.1)
     recipe = from_config(c)
     weights = init_params(recipe.model, None, seed=5)
     save_file(to_hub(weights), tmp_path / "w.safetensors")
-    c.steps = 4
+    c.steps = 5
     frozen = train(c, tmp_path / "frozen")
     got = frozen["student"]["backbone"]
     assert equal(got["blocks"], weights["blocks"]) and equal(got["pos_embed"], weights["pos_embed"])
@@ -48,7 +50,9 @@ def test_continuation_starts_from_the_weights_and_says_so(dataset, tmp_path):
     assert not equal(frozen["student"]["dino_head"]["mlp"], fresh["dino_head"]["mlp"])
     encoder = load_encoder(str(tmp_path / "frozen"))
     assert encoder.provenance["foreign"] == ["w.safetensors"] and len(encoder.provenance["patients"]) == 50
-    c.steps = 6
+    folder.export(encoder, "hf", tmp_path / "out", "test")
+    assert "Started from w.safetensors, whose terms apply" in (tmp_path / "out/README.md").read_text()
+    c.steps, c.init.unfreeze_steps = 6, 1
     thawed = train(c, tmp_path / "thawed")
     assert not equal(thawed["student"]["backbone"]["blocks"], weights["blocks"])
 
@@ -70,6 +74,8 @@ def test_second_stage_starts_from_the_teacher_of_the_first(dataset, tmp_path):
     assert first["teacher"]["backbone"]["pos_embed"].shape == (1, 10, 32)
     seen = checkpoint.load(tmp_path / "high", "provenance")
     assert len(seen["patients"]) == 50 and seen["foreign"] == []
+    with_head = provenance.inherited(str(tmp_path / "low"), "RAD/dino_head.safetensors")
+    assert with_head["foreign"] == ["dino_head.safetensors"] and with_head["patients"] == seen["patients"]
 
 
 def test_weights_that_do_not_fit_are_named_before_anything_is_written(dataset, tmp_path):
