@@ -12,7 +12,7 @@ import pytest
 from configs import nano
 from mammodino_jax import losses
 from mammodino_jax.errors import UserError
-from mammodino_jax.objective import gradients, loss_fn
+from mammodino_jax.objective import gradients, loss_fn, make_views
 from mammodino_jax.recipe import from_config
 from mammodino_jax.train import init_state, schedule, train_step
 
@@ -82,6 +82,7 @@ def test_two_micro_batches_equal_one_step_of_the_double_batch(mode):
     assert float(run(recipe(**changes | {"loss": {"centering": "centering"}}), batch)[2]["koleo"]) != pytest.approx(float(m1["koleo"]), rel=1e-3)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_symmetric_pairs_are_the_mean_of_both_directions():
     batch = uint8_batch()
     turned = batch | {"adjacent_crops": batch["adjacent_crops"][:, ::-1]}
@@ -111,6 +112,7 @@ def targets(r, monkeypatch):
     return seen["dino_loss"], seen["adjacent_loss"]
 
 
+@pytest.mark.slow
 def test_sinkhorn_joins_the_pairs_rows_or_centres_them_only(monkeypatch):
     joined, centred, without = (
         recipe(loss={"centering": "sinkhorn", "adjacent_sinkhorn": j}, pairs={"mode": m})
@@ -156,19 +158,19 @@ def test_metrics_of_pairs_are_kept_apart_by_distance():
     )
 
 
+@pytest.mark.slow
 def test_weight_of_the_pairs_follows_its_schedule():
     r = recipe(loss={"adjacent_weight": 2.0, "final_adjacent_weight": 1.0, "adjacent_warmup_steps": 5})
     got = [float(schedule(r, s)["adjacent_weight"]) for s in range(20)]
     assert got[0] == 0 and got[4] == 2 and got[2] == pytest.approx(1.0) and got[19] < 1.02
     assert all(a >= b for a, b in itertools.pairwise(got[5:]))
-    view = {"teacher_temp": 0.05}
-    batch, state = uint8_batch(), random_state(r)
-    from mammodino_jax.objective import make_views
+    state, views = random_state(r), make_views(uint8_batch(), r)
+    step = jax.jit(lambda values: loss_fn(*parts, views, None, values, r))
+    parts = state["student"], state["teacher"], state["center"]
 
     def total(weight):
-        values = {**view, "adjacent_weight": weight}
-        loss, (_, m) = loss_fn(state["student"], state["teacher"], state["center"], make_views(batch, r), None, values, r)  # fmt: skip
-        return float(loss), float(m["adjacent"])
+        loss, (_, metrics) = step({"teacher_temp": 0.05, "adjacent_weight": weight})
+        return float(loss), float(metrics["adjacent"])
 
     (zero, term), (two, _) = total(0.0), total(2.0)
     assert two - zero == pytest.approx(2 * term, rel=1e-4)

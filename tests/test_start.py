@@ -30,6 +30,7 @@ def equal(a, b):
     return all(np.allclose(x, y, rtol=0, atol=1e-6) for x, y in pairs)
 
 
+@pytest.mark.slow
 def test_continuation_starts_from_the_weights_and_says_so(dataset, tmp_path):
     """The `continue` recipe: the backbone stays as it was while the heads move, and moves after that."""
     c = shrink(importlib.import_module("configs.continue").get_config(f"hub:{tmp_path / 'w.safetensors'}"))
@@ -57,6 +58,7 @@ def test_continuation_starts_from_the_weights_and_says_so(dataset, tmp_path):
     assert not equal(thawed["student"]["backbone"]["blocks"], weights["blocks"])
 
 
+@pytest.mark.slow
 def test_second_stage_starts_from_the_teacher_of_the_first(dataset, tmp_path):
     """Other crops, so resampled positions; heads too; what the first stage saw counts as seen."""
     first = train(tiny(dataset, steps=2), tmp_path / "low")
