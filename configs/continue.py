@@ -1,5 +1,4 @@
-"""Continue from pretrained weights in two stages: DINOv2, RAD-DINO, DBT-DINO, or a run of ours. ViT-B/14,
-518 px.
+"""Continue from pretrained weights in two stages: DINOv2, RAD-DINO, DBT-DINO, or a run of ours.
 
     python main.py --config=configs/continue.py:hub:dinov2_vitb14_pretrain.pth --workdir=DIR \\
         --config.data.sources="(('DATA','train',('2d','dbt'),1.0),)"
@@ -21,7 +20,7 @@ from configs import options, vitb14_518
 
 def get_config(arg=None):
     weights, o = options.parse(arg, "", heads="", data="", photometrics="mammo")
-    c = options.on_data(vitb14_518.get_config(f"photometrics={o['photometrics']}"), o["data"])
+    c = vitb14_518.get_config(f"photometrics={o['photometrics']},data={o['data']}")
     ours = bool(weights) and weights.partition(":")[0] not in ("hub", "timm", "hf", "dbt-dino")
     warm = ours or bool(o["heads"]) or weights.startswith("dbt-dino:")
     c.init.update(

@@ -17,7 +17,7 @@ BATCH = 256
 def get_config(arg=None):
     fits, o = options.parse(arg, "32", data="", photometrics="mammo")
     micro = int(options.choose("the micro-batch", fits, ("16", "32", "64", "128", "256")))
-    c = options.on_data(vits14.get_config(f"photometrics={o['photometrics']}"), o["data"])
+    c = vits14.get_config(f"photometrics={o['photometrics']},data={o['data']}")
     c.batch_size, c.dbt_rows, c.accumulate = BATCH, 64, BATCH // micro
     c.crops.update(global_size=224, local_size=98)
     c.head.prototypes = 8192

@@ -4,10 +4,11 @@
     python main.py --config=configs/sweep.py:d=2,data=DATA --workdir=DIR
     python main.py --config=configs/sweep.py:tau=60,data=DATA --workdir=DIR
 
+    python -m data_prep build --mask percentile --tau 60 --output DATA-tau60 ...
+
 rho is the least tissue share of all crops, d the slice offset. tau, the percentile of the tissue
-threshold, belongs to preprocessing: `python -m data_prep build --mask percentile --tau 60 --output DATA-
-tau60` beside DATA, one data set a value. base=nano, vits14 (default), vitb14_518 or vitl14; several
-options may be given at once.
+threshold, belongs to preprocessing: one data set a value, beside DATA. base=nano, vits14 (default),
+vitb14_518 or vitl14; several options may be given at once.
 """
 
 from configs import options

@@ -16,7 +16,7 @@ from configs import options, vitb14_518
 def get_config(arg="224"):
     stage, o = options.parse(arg, "224", data="", start="", photometrics="mammo")
     options.choose("the stage", stage, ("224", "518"))
-    c = options.on_data(vitb14_518.get_config(f"photometrics={o['photometrics']}"), o["data"])
+    c = vitb14_518.get_config(f"photometrics={o['photometrics']},data={o['data']}")
     if stage == "224":
         c.crops.update(global_size=224, local_size=98)
         return c
