@@ -49,9 +49,10 @@ def collect(data: DataConfig) -> dict:
 
 def inherited(weights: str, heads: str = "") -> dict:
     """Provenance of the weights that a run starts from: what they saw, or, under "foreign", their names."""
-    from mammodino_jax.encoder import load_encoder
+    from mammodino_jax.encoder import FOREIGN, load_encoder
 
-    seen = load_encoder(weights).provenance
+    # weights of others say nothing of what they saw, and their files are large
+    seen = {} if weights.partition(":")[0] in FOREIGN else load_encoder(weights).provenance
     names = [heads] if seen else [weights.partition(":")[2] or weights, heads]
     foreign = [Path(name).name for name in names if name]
     return {**seen, "foreign": sorted({*foreign, *seen.get("foreign", [])})}

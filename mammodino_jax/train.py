@@ -151,6 +151,17 @@ def with_statistics(config):
     return measured
 
 
+def starting_point(recipe: Recipe, workdir: Path, start: int) -> tuple[dict | None, dict]:
+    """Parameters to start from (None: random ones, or a checkpoint's), and the provenance of the run."""
+    c, look, seen = recipe.init, recipe.augment, provenance.collect(recipe.data)
+    if start:
+        return None, provenance.join(seen, checkpoint.load(workdir, "provenance"))
+    if not c.weights:
+        return None, seen
+    loaded = load_pretrained(c.weights, c.heads, recipe.model, recipe.head, look.mean, look.std)
+    return loaded, provenance.join(seen, provenance.inherited(c.weights, c.heads))
+
+
 def start_or_resume(recipe: Recipe, mesh, checkpoints: Checkpoints, loaded: dict | None = None):
     """The state to go on from (the newest checkpoint's, else step 0) and the compiled train step."""
     abstract = jax.eval_shape(functools.partial(init_state, recipe))
@@ -183,17 +194,7 @@ def train(config, workdir: str) -> dict:
     mesh = make_mesh(recipe.fsdp)
     check_workdir(config, workdir)
     start = max(checkpoint.steps(workdir / "checkpoints"), default=0)
-    loaded = None
-    if recipe.init.weights and not start:
-        look = recipe.augment
-        loaded = load_pretrained(
-            recipe.init.weights, recipe.init.heads, recipe.model, recipe.head, look.mean, look.std
-        )
-    seen = provenance.collect(recipe.data)
-    if start:
-        seen = provenance.join(seen, checkpoint.load(workdir, "provenance"))
-    elif recipe.init.weights:
-        seen = provenance.join(seen, provenance.inherited(recipe.init.weights, recipe.init.heads))
+    loaded, seen = starting_point(recipe, workdir, start)
     batches = make_batches(
         recipe.data, recipe.crops, recipe.mask, recipe.pairs,
         batch_size=recipe.batch_size, dbt_rows=recipe.dbt_rows, steps=max(recipe.steps, start),
