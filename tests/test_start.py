@@ -106,5 +106,7 @@ def test_tissue_statistics_are_those_of_the_tissue(dataset, tmp_path):
 
 
 def test_records_of_another_box_are_refused(dataset, tmp_path):
+    with pytest.raises(UserError, match='box is "tisue"'):
+        DataConfig(box="tisue")
     with pytest.raises(UserError, match=r"built with --box tissue, but data\.box asks for full"):
         train(tiny(dataset, data={"box": "full"}), tmp_path)

@@ -46,6 +46,10 @@ class DataConfig:
     workers: int = 0  # processes; 0: threads of this one, enough where the device is the slower side
     threads: int = 2  # a process; OpenCV and the decoder release the interpreter lock
 
+    def __post_init__(self):
+        if self.box not in ("", "tissue", "full"):
+            raise UserError(f'data.box is "{self.box}"; expected "tissue", "full" or nothing')
+
 
 def make_batches(
     data: DataConfig,

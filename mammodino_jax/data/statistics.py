@@ -18,9 +18,8 @@ def tissue_statistics(data: DataConfig, dbt_share: float = 0.0) -> tuple[float, 
     """
     records = open_records(data.sources, data.exclude_flags)
     flat = ~records.dbt | data.flat_slices
-    streams = {"flat": (flat, 1 - dbt_share), "dbt": (records.dbt, dbt_share)}
     total, weights = np.zeros(2), 0.0
-    for chosen, weight in streams.values():
+    for chosen, weight in ((flat, 1 - dbt_share), (records.dbt, dbt_share)):
         places = np.flatnonzero(chosen)
         if not weight or not places.size:
             continue
