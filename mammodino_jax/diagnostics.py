@@ -140,7 +140,6 @@ RULES = (
         "lower mask.ratio (DINOv2: 0.1 to 0.5), or mask.of tissue",
     ),
 )
-BY_NAME = {rule.name: rule for rule in RULES}
 _HOLDS = {"<": operator.lt, ">": operator.gt}
 
 
@@ -168,8 +167,8 @@ def figure(name: str, rows, recipe) -> float:
         case "visible":  # share of a view's patches that are tissue and not masked
             return mean("data/visible_tissue") / (crops.global_size // crops.patch) ** 2
         case "dead":  # only where the rows, of exp(entropy) prototypes each, could use every one four times
-            rows_ = 2 * recipe.batch_size / recipe.accumulate
-            reach = rows_ * K ** mean("teacher_entropy") / K
+            targets = 2 * recipe.batch_size / recipe.accumulate
+            reach = targets * K ** mean("teacher_entropy") / K
             return mean("prototypes_dead") if reach >= 4 else math.nan
         case "rho_global" | "rho_local":  # unset: a positive default
             rho = getattr(crops, f"{name[4:]}_coverage")

@@ -18,6 +18,7 @@ from mammodino_jax.data.eval import make_eval_batches
 from mammodino_jax.encoder import load_encoder
 from mammodino_jax.evaluate.features import untrained
 from mammodino_jax.evaluate.probes import standardise
+from mammodino_jax.held_out import effective_rank
 from mammodino_jax.train import train
 
 OFFSETS = range(1, 11)
@@ -92,13 +93,6 @@ def similarity(cls_nD: np.ndarray, slices: Slices, centred: bool) -> tuple[np.nd
         means.append(unit[mine].mean(0))
     across = [a @ b for a, b in itertools.combinations(means, 2)]
     return np.mean(within, axis=0), float(np.mean(across))
-
-
-def effective_rank(cls_nD: np.ndarray) -> float:
-    """exp of the entropy of the singular values of the centred features (Roy and Vetterli 2007)."""
-    s = np.linalg.svd(cls_nD - cls_nD.mean(0), compute_uv=False)
-    p = s[s > 1e-9 * s[0]] / s.sum()
-    return float(np.exp(-(p * np.log(p)).sum()))
 
 
 def depth_probe(cls_nD: np.ndarray, slices: Slices, target_n: np.ndarray) -> tuple[float, float]:

@@ -17,11 +17,13 @@ from mammodino_jax import checkpoint, held_out, metrics
 from mammodino_jax import train as training
 from mammodino_jax.data.crops import Window
 from mammodino_jax.data.pipeline import spread
-from mammodino_jax.diagnostics import AWAY, BY_NAME, RULES, WINDOW, Watch, start_steps
+from mammodino_jax.diagnostics import AWAY, RULES, WINDOW, Watch, start_steps
 from mammodino_jax.losses import compare_pairs
 from mammodino_jax.metrics import MetricsWriter
 from mammodino_jax.recipe import from_config
 from mammodino_jax.sharding import make_mesh
+
+BY_NAME = {rule.name: rule for rule in RULES}
 
 LN_K = np.log(1024)
 HEALTHY = {
