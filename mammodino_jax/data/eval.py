@@ -21,7 +21,17 @@ def letterbox(image: np.ndarray, height: int, width: int, patch: int) -> tuple[n
     """
     H, W = image.shape
     scale = min(height / H, width / W)
-    h, w = max(1, round(H * scale)), max(1, round(W * scale))
+    return _fit(image, max(1, round(H * scale)), max(1, round(W * scale)), height, width, patch)
+
+
+def network_input(image: np.ndarray, long_side: int, patch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same at `long_side` pixels, padded to whole patches only: what an encoder is given of a record."""
+    h, w = (max(1, round(s * long_side / max(image.shape))) for s in image.shape)
+    return _fit(image, h, w, -(-h // patch) * patch, -(-w // patch) * patch, patch)
+
+
+def _fit(image: np.ndarray, h: int, w: int, height: int, width: int, patch: int):
+    H, W = image.shape
     out = np.zeros((height, width), np.uint8)
     out[:h, :w] = resample(image, (h, w))
     y_edges = np.minimum(np.arange(0, height + 1, patch) * (H / h), H)
