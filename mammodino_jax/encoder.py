@@ -2,17 +2,19 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mammodino_jax import checkpoint
 from mammodino_jax.augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, normalise
 from mammodino_jax.errors import UserError, suggest
 from mammodino_jax.model.head import bind, init_params
-from mammodino_jax.model.vit import ViTConfig
+from mammodino_jax.model.vit import ViTConfig, own_grids
 
 ARCHITECTURES = {
     "nano": ViTConfig(dim=192, depth=4, heads=3, image_size=98),
@@ -24,9 +26,12 @@ ARCHITECTURES = {
 FOREIGN = ("hub", "timm", "hf", "dbt-dino")  # kinds of names in weight files of others
 
 
+SCALE = 2  # whole images at twice the side of the training crops: near the mm per pixel of those crops
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """A backbone with its normalisation.
+    """A backbone with its normalisation. Evaluation takes any object with the same attributes.
 
     Attributes:
       name: how tables call it.
@@ -34,6 +39,9 @@ class Encoder:
       params: its parameters, nested.
       mean, std: statistics of the input normalisation, one a channel (grey is repeated to 3 channels).
       provenance: what pretraining saw (provenance.collect); empty for untrained or foreign weights.
+      kind: of the spec it was loaded from: workdir, export, random, or one of FOREIGN.
+      made_for: fields of data_prep.settings.Settings of the build that it was trained on; empty: any.
+      side: long side in pixels that it wants images in; 0: SCALE times that of its training crops.
     """
 
     name: str
@@ -42,17 +50,61 @@ class Encoder:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     provenance: dict = dataclasses.field(default_factory=dict)
+    kind: str = ""
+    made_for: dict = dataclasses.field(default_factory=dict)
+    side: int = 0
 
-    def __call__(self, images) -> dict[str, jax.Array]:
-        """Features of uint8 [B, H, W] after the final norm: float32 {"cls": [B, D], "patches": [B, N, D]}."""
-        return _encode(self.params, jnp.asarray(images), self.vit, self.mean, self.std)
+    @property
+    def patch_size(self) -> int:
+        return self.vit.patch_size
+
+    @property
+    def dim(self) -> int:
+        return self.vit.dim
+
+    @property
+    def long_side(self) -> int:
+        return self.side or SCALE * self.vit.image_size
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of weights, shape and input statistics: what features depend on. 16 hexadecimal digits."""
+        digest = hashlib.sha256(repr((self.vit, self.mean, self.std)).encode())
+        for path, a in jax.tree_util.tree_leaves_with_path(self.params):
+            digest.update(jax.tree_util.keystr(path).encode() + np.asarray(a).tobytes())
+        return digest.hexdigest()[:16]
+
+    @functools.cached_property
+    def _placed(self):
+        """The parameters on all devices; shardings of a batch that splits, and of one that does not."""
+        mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("data",))
+        rows, whole = (jax.sharding.NamedSharding(mesh, jax.P(*axes)) for axes in (("data",), ()))
+        return jax.device_put(self.params, whole), rows, whole
+
+    def __call__(self, images, sizes=None) -> dict[str, jax.Array]:
+        """Features after the final norm.
+
+        Args:
+          images: uint8 [B, H, W]; a batch that is a multiple of the devices is split over them.
+          sizes: int [B, 2], height and width that each image takes of the canvas [H, W], from its upper left
+            corner; its features are then those of the image alone, padded to whole patches. None: all of it.
+
+        Returns:
+          float32 {"cls": [B, D], "patches": [B, N, D]}; patches outside an image mean nothing.
+        """
+        images = np.asarray(images)
+        grids = None if sizes is None else own_grids(self.vit, sizes, *images.shape[1:])
+        params, rows, whole = self._placed
+        splits = len(images) % len(rows.device_set) == 0
+        images, grids = jax.device_put((images, grids), rows if splits else whole)
+        return _encode(params, images, grids, self.vit, tuple(self.mean), tuple(self.std))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _encode(params, images_BHW, vit: ViTConfig, mean, std):
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _encode(params, images_BHW, grids, vit: ViTConfig, mean, std):
     x = normalise(images_BHW.astype(jnp.float32) / 255, AugmentConfig(mean=mean, std=std), vit.channels)
     with jax.default_matmul_precision("highest"):  # features must not depend on the device
-        return bind(params, vit)(x)
+        return bind(params, vit)(x, grids=grids)
 
 
 def load_encoder(spec: str) -> Encoder:
@@ -73,7 +125,9 @@ def load_encoder(spec: str) -> Encoder:
                 f"unknown architecture {arch!r}, known: {', '.join(ARCHITECTURES)}."
                 + suggest(arch, ARCHITECTURES)
             )
-        return Encoder(spec, ARCHITECTURES[arch], init_params(ARCHITECTURES[arch], None, seed=0))
+        return Encoder(
+            spec, ARCHITECTURES[arch], init_params(ARCHITECTURES[arch], None, seed=0), kind="random"
+        )
     if spec.partition(":")[0] in FOREIGN and ":" in spec:
         from mammodino_jax.convert import foreign
 
@@ -103,4 +157,5 @@ def _from_workdir(folder: Path) -> Encoder:
     state = checkpoint.load(folder, "state", {"teacher": {"backbone": backbone}})
     mean, std = (s[: vit.channels] for s in (recipe.augment.mean, recipe.augment.std))
     seen = checkpoint.load(folder, "provenance")
-    return Encoder(folder.name, vit, state["teacher"]["backbone"], mean, std, seen)
+    made_for = (seen.get("builds") or [{}])[0]
+    return Encoder(folder.name, vit, state["teacher"]["backbone"], mean, std, seen, "workdir", made_for)

@@ -25,13 +25,15 @@ def collect(data: DataConfig) -> dict:
       {"sources": [[folder, split, kinds, weight], ...], "terms": {data set: terms}, "no_release": [data
       sets whose terms forbid publishing weights or embeddings], "salt": str, "patients": [hash, ...],
       "pixels": [hash, ...], "foreign": [name of weights that it started from and that do not say what they
-      saw]}, all sorted.
+      saw], "builds": [settings of a build]}, all sorted.
     """
-    patients, pixels, terms, no_release = set(), set(), {}, set()
+    patients, pixels, terms, no_release, builds = set(), set(), {}, set(), []
     for folder, split, *_ in data.sources:
         prep = read_prep(folder)
         terms |= prep.get("terms", {})
         no_release |= set(prep.get("no_release", []))
+        if prep.get("settings", {}) not in builds:
+            builds.append(prep.get("settings", {}))
         _, table = open_split(folder, split, ["patient_id", "pixel_hash"])
         patients |= hashes(table["patient_id"].to_pylist())
         pixels |= hashes(table["pixel_hash"].to_pylist())
@@ -43,6 +45,7 @@ def collect(data: DataConfig) -> dict:
         "no_release": sorted(no_release),
         "salt": SALT,
         "foreign": [],
+        "builds": builds,
     }
     return about | seen
 

@@ -70,6 +70,29 @@ def resize_matrix(n_in: int, n_out: int, antialias: bool, offset: float) -> np.n
     return matrix.astype(np.float32)
 
 
+def own_grids(c: ViTConfig, sizes_B2, height: int, width: int) -> tuple[np.ndarray, ...]:
+    """What images need that fill only a part of a canvas, from its upper left corner.
+
+    Args:
+      sizes_B2: height and width in pixels that each image takes.
+      height, width: of the canvas in pixels, multiples of the patch size.
+
+    Returns:
+      y f32 [B, rows, side] and x f32 [B, cols, side], which resample the trained positions to each image's
+      own grid (0 beyond it), and bool [B, N], the patches that the image reaches.
+    """
+    rows, cols = height // c.patch_size, width // c.patch_size
+    own_B2 = -(-np.asarray(sizes_B2) // c.patch_size)
+    y = np.zeros((len(own_B2), rows, c.grid), np.float32)
+    x = np.zeros((len(own_B2), cols, c.grid), np.float32)
+    for i, (r, s) in enumerate(own_B2.tolist()):
+        trained = (r, s) == (c.grid, c.grid)  # is not resampled, whatever the offset
+        y[i, :r] = np.eye(r) if trained else resize_matrix(c.grid, r, c.pos_antialias, c.pos_offset)
+        x[i, :s] = np.eye(s) if trained else resize_matrix(c.grid, s, c.pos_antialias, c.pos_offset)
+    inside = (np.arange(n) < own_B2[:, i, None] for i, n in enumerate((rows, cols)))
+    return y, x, np.einsum("by,bx->byx", *inside).reshape(len(own_B2), -1)
+
+
 def layer_norm(dim: int, dtype: str, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """LayerNorm of DINOv2, with the variance about the mean as PyTorch takes it.
 
@@ -101,10 +124,11 @@ class Attention(nnx.Module):
         self.qkv = nnx.Linear(c.dim, 3 * c.dim, kernel_init=normal_02, dtype=c.dtype, rngs=rngs)
         self.proj = nnx.Linear(c.dim, c.dim, kernel_init=normal_02, dtype=c.dtype, rngs=rngs)
 
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD, real_BT=None):
         B, T, D = x_BTD.shape
         q, k, v = jnp.unstack(self.qkv(x_BTD).reshape(B, T, 3, self.heads, D // self.heads), axis=2)
-        return self.proj(jax.nn.dot_product_attention(q, k, v).reshape(B, T, D))
+        seen = None if real_BT is None else real_BT[:, None, None]
+        return self.proj(jax.nn.dot_product_attention(q, k, v, mask=seen).reshape(B, T, D))
 
 
 class Mlp(nnx.Module):
@@ -168,9 +192,11 @@ class Block(nnx.Module):
         self.mlp = {"mlp": Mlp, "swiglu": SwiGLU}[c.ffn](c, rngs)
         self.ls2 = LayerScale(c)
 
-    def __call__(self, x_BTD, key=None, group: int = 0):
+    def __call__(self, x_BTD, key=None, group: int = 0, real_BT=None):
         keys = (None, None) if key is None else jax.random.split(key)
-        x_BTD = residual(x_BTD, lambda x: self.ls1(self.attn(self.norm1(x))), keys[0], self.rate, group)
+        x_BTD = residual(
+            x_BTD, lambda x: self.ls1(self.attn(self.norm1(x), real_BT)), keys[0], self.rate, group
+        )
         return residual(x_BTD, lambda x: self.ls2(self.mlp(self.norm2(x))), keys[1], self.rate, group)
 
 
@@ -199,7 +225,16 @@ class ViT(nnx.Module):
         patches = jnp.einsum("yi,xj,ijd->yxd", y, x, pos[0, 1:].reshape(grid, grid, -1), precision="highest")
         return jnp.concatenate([pos[:, :1], patches.reshape(1, rows * cols, -1)], axis=1)
 
-    def __call__(self, images, mask=None, key=None, group: int = 0):
+    def own_positions(self, y_BRs, x_BSs):
+        """Position embeddings [B, 1 + R*S, D] of images with grids of their own (own_grids)."""
+        pos, side = self.pos_embed[...], self.c.grid
+        trained = pos[0, 1:].reshape(side, side, -1)
+        patches = jnp.einsum("byi,bxj,ijd->byxd", y_BRs, x_BSs, trained, precision="highest")
+        B, rows, cols, D = patches.shape
+        cls = jnp.broadcast_to(pos[:, :1], (B, 1, D))
+        return jnp.concatenate([cls, patches.reshape(B, rows * cols, D)], axis=1)
+
+    def __call__(self, images, mask=None, key=None, group: int = 0, grids=None):
         """Encode images.
 
         Args:
@@ -207,6 +242,8 @@ class ViT(nnx.Module):
           mask: bool [B, N], patches (row-major) that are replaced by the mask token; None masks nothing.
           key: random key of drop-path; None evaluates.
           group: rows that share one drop-path draw; 0 is all of them.
+          grids: of own_grids, where images fill only a part of the canvas: the features of each are those
+            of the image alone. Not with drop-path.
 
         Returns:
           {"cls": [B, D], "patches": [B, N, D]}, both after the final norm.
@@ -223,7 +260,11 @@ class ViT(nnx.Module):
         if mask is not None:  # before the position embedding, as in DINOv2
             x = jnp.where(mask[..., None], self.mask_token[...].astype(x.dtype), x)
         cls = jnp.broadcast_to(self.cls_token[...].astype(x.dtype), (B, 1, c.dim))
-        x = jnp.concatenate([cls, x], axis=1) + self.positions(rows, cols).astype(x.dtype)
+        positions = self.positions(rows, cols) if grids is None else self.own_positions(*grids[:2])
+        x = jnp.concatenate([cls, x], axis=1) + positions.astype(x.dtype)
+        real = None
+        if grids is not None:
+            real = jnp.pad(grids[2], ((0, 0), (1 + c.registers, 0)), constant_values=True)
         if c.registers:  # they get no position
             registers = jnp.broadcast_to(self.register_tokens[...].astype(x.dtype), (B, c.registers, c.dim))
             x = jnp.concatenate([x[:, :1], registers, x[:, 1:]], axis=1)
@@ -231,7 +272,7 @@ class ViT(nnx.Module):
             block_key = None if key is None else jax.random.fold_in(key, i)
 
             def run(x, block=block, block_key=block_key):
-                return block(x, block_key, group)
+                return block(x, block_key, group, real)
 
             x = jax.checkpoint(run)(x) if c.remat else run(x)
         out = self.norm(x)
