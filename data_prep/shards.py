@@ -56,7 +56,7 @@ def _encoded(row: dict, image: np.ndarray) -> bytes:
 
 
 def make_records(p: Planned, settings: Settings, dataset: str, key: bytes, rejects: list[dict],
-                 store: Callable[[dict, np.ndarray], object] = _encoded) -> tuple[list[tuple], list[dict]]:  # fmt: skip
+                 store: Callable[[dict, np.ndarray], object] = _encoded):  # fmt: skip
     """The (index row, record) pairs of an image or a volume, and what the manifest says of its files; empty
     where it is unusable.
 
