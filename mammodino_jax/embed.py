@@ -76,8 +76,8 @@ def preprocessing(encoder, preset: str | None = None, foreign: bool = False) -> 
     differ = mismatch(made_for, asdict(settings)) + ["a table of vendors (--vendors)"] * bool(table)
     if differ and not foreign:
         raise UserError(
-            f"{encoder.name} was made for other preprocessing: {'; '.join(differ)}; give the --preset that it "
-            "was made for, if there is one, or pass --foreign-preprocessing"
+            f"{encoder.name} was made for other preprocessing: {'; '.join(differ)}; give the --preset "
+            "that it was made for, if there is one, or pass --foreign-preprocessing"
         )
     origin = f"preset {preset}" if preset else f"that of the builds {encoder.name} was made for"
     if not preset and not made_for:
