@@ -77,6 +77,11 @@ def ask(
             drawn = probes.cross_folds(label, patient, folds, seed, task.name, repeats)
         else:
             drawn = probes.official_fold(items.split[chosen], task.name)
+            if len(np.unique(label[drawn[0].test])) < 2:
+                raise UserError(
+                    f'task "{task.name}": the test split has one value of label "{task.label}" only; use '
+                    "--folds 5 to cross-validate over all splits"
+                )
         questions.append(Question(task, items, chosen, label, classes, drawn))
     if not questions:
         kinds = ", ".join(sorted(set(rows.columns["kind"])))
