@@ -109,16 +109,16 @@ def probes(results: dict) -> bytes:
             ax.set_visible(False)
         for ax, task in zip(axes.ravel(), tasks, strict=False):
             for row in task["rows"]:
-                if row["auc"] is None:
+                auc = row["metrics"]["auc"]
+                if auc["value"] is None:
                     continue
                 y = names.index(row["features"]) + {"kNN": -0.16, "linear": 0.16}.get(row["probe"], 0)
                 colour = colours.get(row["features"], BLUE)
-                if row["low"] is not None:
-                    ax.plot(
-                        [row["low"], row["high"]], [y, y], color=colour, linewidth=2, solid_capstyle="round"
-                    )
+                if auc["low"] is not None:
+                    ends = [auc["low"], auc["high"]]
+                    ax.plot(ends, [y, y], color=colour, linewidth=2, solid_capstyle="round")
                 face = "white" if row["probe"] == "kNN" else colour
-                ax.plot(row["auc"], y, "o", color=colour, markerfacecolor=face, markersize=6)
+                ax.plot(auc["value"], y, "o", color=colour, markerfacecolor=face, markersize=6)
             ax.axvline(0.5, color=GREY, linewidth=1, linestyle="--")
             ax.set_yticks(range(len(names)), names, color=INK)
             ax.set_ylim(len(names) - 0.5, -0.5)
