@@ -182,13 +182,13 @@ BENCHMARKS = {
     ),
     "minimias": Benchmark(
         title="mini-MIAS",
-        note="322 films, all MLO. Density is fatty, glandular or dense, not BI-RADS. Films without an "
+        note="322 films, all MLO. Density is not BI-RADS. Films without an "
         "abnormality had no biopsy. No official split: 5 folds by patient.",
         tasks=(
-            Task("density", "fgd", FILM),
-            Task("lesion", "lesion", FILM),
+            Task("density (fatty, glandular, dense)", "fgd", FILM),
+            Task("abnormality", "lesion", FILM),
             Task(
-                "cancer among lesions",
+                "cancer among abnormalities",
                 "cancer_biopsy",
                 FILM,
                 where={"label_lesion": (1,)},

@@ -134,7 +134,11 @@ ASKED = {
         "calcification": {0: 2, 1: 4},
     },
     "bcs_dbt": {"lesion": {0: 2, 1: 3}, "cancer": {0: 3, 1: 1}},
-    "minimias": {"density": {0: 2, 1: 3, 2: 2}, "lesion": {0: 2, 1: 5}, "cancer among lesions": {0: 3, 1: 2}},
+    "minimias": {
+        "density (fatty, glandular, dense)": {0: 2, 1: 3, 2: 2},
+        "abnormality": {0: 2, 1: 5},
+        "cancer among abnormalities": {0: 3, 1: 2},
+    },
 }
 
 
