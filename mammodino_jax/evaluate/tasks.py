@@ -6,7 +6,7 @@ import numpy as np
 
 from mammodino_jax.errors import UserError
 from mammodino_jax.evaluate import probes
-from mammodino_jax.evaluate.benchmarks import Benchmark, Task
+from mammodino_jax.evaluate.benchmarks import Benchmark, Task, asked_of
 from mammodino_jax.evaluate.breakdown import breakdown as cut
 from mammodino_jax.evaluate.features import aggregate
 from mammodino_jax.evaluate.items import Items, Rows, group
@@ -56,17 +56,15 @@ def ask(
     questions, absent = [], []
     there = ", ".join(rows.labels) or "none"
     for task in benchmark.tasks:
-        if task.label not in rows.labels:
-            raise UserError(f'task "{task.name}" needs the label "{task.label}"; labels there are: {there}')
+        for label in task.labels:
+            if label not in rows.labels:
+                raise UserError(f'task "{task.name}" needs the label "{label}"; labels there are: {there}')
         items = group(rows, task.level, task.kinds)
         if not len(items.first):
             absent.append(task.name)
             continue
-        values = items.label(task.label)
-        for column, allowed in task.where.items():
-            values = np.where(np.isin(rows.columns[column][items.first].astype(str), allowed), values, -1)
-        chosen = np.flatnonzero(values >= 0)
-        classes, label = np.unique(values[chosen], return_inverse=True)
+        chosen = np.flatnonzero(asked_of(task, rows, items))
+        classes, label = np.unique(items.label(task.label)[chosen], return_inverse=True)
         if len(classes) < 2:
             raise UserError(
                 f'task "{task.name}": label "{task.label}" has {len(classes)} known values over the '
