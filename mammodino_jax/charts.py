@@ -1,6 +1,7 @@
 """Charts of the reports, as SVG: training curves, probe scores with their intervals, distributions."""
 
 import io
+import itertools
 
 import matplotlib
 
@@ -147,6 +148,67 @@ def boxes(panels: dict[str, dict[str, list[float]]]) -> bytes:
             ax.set_yticks(range(1, len(groups) + 1), [f"{g} ({len(v)})" for g, v in groups.items()])
             ax.set_ylim(tallest + 0.5, 0.5)  # the same box height in all panels
             ax.set_title(title)
+        return _svg(figure)
+
+
+def strokes(names, baselines) -> dict[str, dict]:
+    """How the line of each name is drawn: baselines grey and broken, encoders in colours."""
+    broken = itertools.cycle(("--", ":", "-.", (0, (1, 4)), (0, (8, 3)), (0, (6, 2, 1, 2, 1, 2))))
+    coloured = itertools.cycle(itertools.product(("-", "--"), (BLUE, ORANGE, GREEN, PURPLE, SKY)))
+    drawn = {}
+    for name in names:
+        style, colour = (next(broken), GREY) if name in baselines else next(coloured)
+        drawn[name] = {"color": colour, "linestyle": style, "linewidth": 1.4 if name in baselines else 1.9}
+    return drawn
+
+
+def _legend_below(figure, drawn: dict[str, dict]) -> None:
+    handles = [matplotlib.lines.Line2D([], [], **style) for style in drawn.values()]
+    columns = 1 if max(map(len, drawn)) > 34 else 2
+    place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+    figure.legend(handles, drawn, fontsize=8.5, handlelength=3, **place)
+
+
+def roc(lines: dict[str, np.ndarray], grid: np.ndarray, drawn: dict[str, dict]) -> bytes:
+    """ROC curves. A line is [3, len(grid)]: sensitivity, and its band (none for baselines), at false-positive
+    rates; `drawn` is from `strokes`."""
+    with plt.rc_context(STYLE):
+        figure, ax = plt.subplots(figsize=(5.2, 5.2 + 0.12 * len(lines)), layout="constrained")
+        ax.plot([0, 1], [0, 1], color=GRID, linewidth=1)
+        for name, (middle, low, high) in lines.items():
+            ax.plot([0, *grid], [0, *middle], **drawn[name])
+            if drawn[name]["color"] != GREY:
+                ax.fill_between(grid, low, high, color=drawn[name]["color"], alpha=0.12, linewidth=0)
+        ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+        ax.set(xlabel="false-positive rate (1 - specificity)", ylabel="sensitivity")
+        _legend_below(figure, {name: drawn[name] for name in lines})
+        return _svg(figure)
+
+
+def points(panels: dict[str, dict[str, list]], drawn: dict[str, dict], xlabel: str) -> bytes:
+    """AUC over x on a log axis: a panel a title, a line a name; its points are (x, AUC, low, high), the last
+    two None where there is no interval."""
+    with plt.rc_context(STYLE):
+        size = (5.2 * len(panels), 4.3 + 0.12 * len(drawn) / len(panels))
+        figure, axes = plt.subplots(
+            1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained"
+        )
+        for ax, (title, lines) in zip(axes[0], panels.items(), strict=True):
+            ticks = sorted({p[0] for line in lines.values() for p in line})
+            for place, (name, line) in enumerate(lines.items()):
+                x, y, low, high = np.array(sorted(line), float).T
+                x = x * 1.02 ** (place - (len(lines) - 1) / 2)  # bars of lines beside each other
+                ax.plot(x, y, "o", color=drawn[name]["color"], markersize=4)
+                ax.plot(x, y, **drawn[name])
+                ax.vlines(x, low, high, color=drawn[name]["color"], linewidth=1)
+            ax.axhline(0.5, color=GREY, linewidth=1, linestyle="--")
+            ax.set_xscale("log")
+            ax.set_xticks(ticks, [f"{t:.3g}" for t in ticks])
+            ax.minorticks_off()
+            ax.set(title=title, xlabel=xlabel)
+        axes[0, 0].set_ylabel("AUC")
+        shown = [name for name in drawn if any(name in lines for lines in panels.values())]
+        _legend_below(figure, {name: drawn[name] for name in shown})
         return _svg(figure)
 
 
