@@ -173,7 +173,7 @@ def roc(lines: dict[str, np.ndarray], grid: np.ndarray, drawn: dict[str, dict]) 
     """ROC curves. A line is [3, len(grid)]: sensitivity, and its band (none for baselines), at false-positive
     rates; `drawn` is from `strokes`."""
     with plt.rc_context(STYLE):
-        figure, ax = plt.subplots(figsize=(5.2, 5.2 + 0.12 * len(lines)), layout="constrained")
+        figure, ax = plt.subplots(figsize=(5.2, 4.7 + 0.17 * len(lines)), layout="constrained")
         ax.plot([0, 1], [0, 1], color=GRID, linewidth=1)
         for name, (middle, low, high) in lines.items():
             ax.plot([0, *grid], [0, *middle], **drawn[name])
@@ -185,30 +185,25 @@ def roc(lines: dict[str, np.ndarray], grid: np.ndarray, drawn: dict[str, dict]) 
         return _svg(figure)
 
 
-def points(panels: dict[str, dict[str, list]], drawn: dict[str, dict], xlabel: str) -> bytes:
-    """AUC over x on a log axis: a panel a title, a line a name; its points are (x, AUC, low, high), the last
-    two None where there is no interval."""
+def points(lines: dict[str, list], drawn: dict[str, dict], xlabel: str) -> bytes:
+    """AUC over x on a log axis. A line has points (x, AUC, low, high), the last two None without interval."""
     with plt.rc_context(STYLE):
-        size = (5.2 * len(panels), 4.3 + 0.12 * len(drawn) / len(panels))
-        figure, axes = plt.subplots(
-            1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained"
-        )
-        for ax, (title, lines) in zip(axes[0], panels.items(), strict=True):
-            ticks = sorted({p[0] for line in lines.values() for p in line})
-            for place, (name, line) in enumerate(lines.items()):
-                x, y, low, high = np.array(sorted(line), float).T
-                x = x * 1.02 ** (place - (len(lines) - 1) / 2)  # bars of lines beside each other
-                ax.plot(x, y, "o", color=drawn[name]["color"], markersize=4)
-                ax.plot(x, y, **drawn[name])
-                ax.vlines(x, low, high, color=drawn[name]["color"], linewidth=1)
-            ax.axhline(0.5, color=GREY, linewidth=1, linestyle="--")
-            ax.set_xscale("log")
-            ax.set_xticks(ticks, [f"{t:.3g}" for t in ticks])
-            ax.minorticks_off()
-            ax.set(title=title, xlabel=xlabel)
-        axes[0, 0].set_ylabel("AUC")
-        shown = [name for name in drawn if any(name in lines for lines in panels.values())]
-        _legend_below(figure, {name: drawn[name] for name in shown})
+        size = (5.2, 4.2 + 0.17 * len(lines))
+        figure, ax = plt.subplots(figsize=size, layout="constrained")
+        ticks = sorted({point[0] for line in lines.values() for point in line})
+        for place, (name, line) in enumerate(lines.items()):
+            x, y, low, high = np.array(sorted(line), float).T
+            x = x * (ticks[-1] / ticks[0]) ** (0.008 * (place - len(lines) / 2))  # bars beside each other
+            colour = drawn[name]["color"]
+            ax.vlines(x, low, high, color=colour, linewidth=1, alpha=0.6)
+            ax.plot(x, y, **drawn[name])
+            ax.plot(x, y, "o", color=colour, markersize=4)
+        ax.axhline(0.5, color=GREY, linewidth=1, linestyle="--")
+        ax.set_xscale("log")
+        ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+        ax.minorticks_off()
+        ax.set(xlabel=xlabel, ylabel="AUC")
+        _legend_below(figure, {name: drawn[name] for name in lines})
         return _svg(figure)
 
 
