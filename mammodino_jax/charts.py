@@ -12,6 +12,7 @@ import numpy as np
 INK, GREY, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 # Okabe and Ito's colours, told apart with any colour vision
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", "#a64d79", "#56b4e9"
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY)
 TERMS = {
     "dino_global": ("DINO-M global", BLUE),
     "dino_local": ("DINO-M local", SKY),
@@ -220,4 +221,34 @@ def curves(lines: dict[str, np.ndarray], x: np.ndarray, xlabel: str, mark: float
         ax.set_xlabel(xlabel)
         ax.set_ylabel("%")
         ax.legend(frameon=False, fontsize=9)
+        return _svg(figure)
+
+
+def cross_slice(found: dict[str, dict]) -> bytes:
+    """Cosine of slices of one volume minus that of slices of volumes of other patients, over their offset:
+    a line a feature set of evaluate.shortcuts.cross_slice, with its 95 % interval.
+    """
+    with plt.rc_context(STYLE):
+        figure, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
+        for number, (name, of) in enumerate(found.items()):
+            offsets, values, low, high = np.array(
+                [
+                    (d, *(v[k] for k in ("value", "low", "high")))
+                    for d, v in zip(of["offsets"], of["difference"], strict=True)
+                ],
+                float,
+            ).T  # None becomes NaN: not drawn
+            colour, style = COLOURS[number % len(COLOURS)], ("-", "--", ":")[number // len(COLOURS) % 3]
+            ax.plot(
+                offsets, values, "o", linestyle=style, color=colour, linewidth=1.8, markersize=4, label=name
+            )
+            ax.fill_between(offsets, low, high, color=colour, alpha=0.15, linewidth=0)
+        first = next(iter(found.values()))
+        gap = f"; slices {first['gap_mm']:.3g} mm apart" if first["gap_mm"] else ""
+        ax.set_title(f"Cross-slice consistency ({first['volumes']} volumes{gap})")
+        ax.set_xticks(first["offsets"])
+        ax.set_xlabel("offset in slices")
+        ax.set_ylabel("cosine, within - across")
+        ax.axhline(0, color=GREY, linewidth=1, linestyle="--")
+        ax.legend(frameon=False, fontsize=9, bbox_to_anchor=(1, 1), loc="upper left")
         return _svg(figure)
