@@ -1,4 +1,4 @@
-"""Tasks of a benchmark over the data at hand: which items they ask, in which folds, and what probes answer."""
+"""Tasks of a benchmark over data: which items they ask, in which folds, and what probes answer."""
 
 import dataclasses
 
@@ -77,6 +77,11 @@ def ask(
             drawn = probes.cross_folds(label, patient, folds, seed, task.name, repeats)
         else:
             drawn = probes.official_fold(items.split[chosen], task.name)
+            if len(np.unique(label[drawn[0].test])) < 2:
+                raise UserError(
+                    f'task "{task.name}": the test split has one value of label "{task.label}" only; use '
+                    "--folds 5 to cross-validate over all splits"
+                )
         questions.append(Question(task, items, chosen, label, classes, drawn))
     if not questions:
         kinds = ", ".join(sorted(set(rows.columns["kind"])))
@@ -115,8 +120,9 @@ def answer(
                 "aggregate": args.aggregate, "metrics": metrics,
                 "not_computed": metrics["auc"]["not_computed"], "chosen": chosen,
                 "remarks": list(entry.remarks),
-                "breakdown": cut(entry.rows, items, question.chosen, folds, tested, breakdown, args.draws, args.seed)
-                if breakdown and name == args.probes[0] else {},
+                "breakdown": cut(
+                    entry.rows, items, question.chosen, folds, tested, breakdown, args.draws, args.seed
+                ),
             })  # fmt: skip
             if args.few_labels and entry.extractor:
                 curve = few_label.setdefault(entry.name, {}).setdefault(name, [])
@@ -125,9 +131,9 @@ def answer(
     names = dict(enumerate(items.rows.class_names.get(task.label, [])))
     counts = np.bincount(question.label[test], minlength=len(question.classes)).tolist()
     facts = {
-        "task": task.name, "label": task.label, "kinds": task.kinds, "level": task.level, "primary": task.primary,
-        "note": task.note, "classes": question.classes.tolist(),
-        "folds": len(folds), "repeats": 1 + max(f.repeat for f in folds),
+        "task": task.name, "label": task.label, "kinds": task.kinds, "level": task.level,
+        "primary": task.primary, "note": task.note, "classes": question.classes.tolist(),
+        "folds": sum(f.repeat == 0 for f in folds), "repeats": 1 + max(f.repeat for f in folds),
         "train_items": int(np.mean([len(f.train) for f in folds])),
         "test_items": len(test), "test_patients": len(np.unique(question.patient[test])),
         "test_items_by_class": {
