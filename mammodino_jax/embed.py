@@ -121,8 +121,7 @@ def embed(encoder, options: BuildOptions, long_side: int = 0, batch_size: int = 
     about = {
         "encoder": encoder.name, "fingerprint": encoder.fingerprint, "long_side": long_side,
         "per_slice": per_slice, "save_images": images is not None, "inputs": prep["inputs"],
-        **prep["settings"],
-    }  # fmt: skip
+    } | {f"preprocessing.{name}": value for name, value in prep["settings"].items()}  # fmt: skip
     with locked(output, local):
         done = _earlier_run(output, local / "embed.json", about)
         if done:
