@@ -156,12 +156,14 @@ def pca_tiles(encoder, pictures: list[Picture], long_side: int) -> list[np.ndarr
     return colour(look(encoder, [p.image for p in pictures], long_side), encoder.patch_size)
 
 
-def colour(looks: list[Look], patch: int) -> list[np.ndarray]:
-    """Patch-PCA pictures, with axes and range fitted to all of `looks` together."""
-    colours = patch_pca(
-        np.concatenate([x.tokens.reshape(-1, x.tokens.shape[-1]) for x in looks]),
-        np.concatenate([x.tissue.astype(np.float32).ravel() for x in looks]),
-    )
+def colour(looks: list[Look], patch: int, centre: bool = False) -> list[np.ndarray]:
+    """Patch-PCA pictures, with axes and range fitted to all of `looks` together. `centre` takes the mean over
+    its tissue off each image first: what differs within images then has the colours to itself."""
+    tokens = [x.tokens.reshape(-1, x.tokens.shape[-1]).astype(np.float64) for x in looks]
+    tissue = [x.tissue.astype(np.float64).ravel() for x in looks]
+    if centre:
+        tokens = [t - w @ t / max(w.sum(), 1e-6) for t, w in zip(tokens, tissue, strict=True)]
+    colours = patch_pca(np.concatenate(tokens), np.concatenate(tissue))
     tiles = np.split(colours, np.cumsum([x.tissue.size for x in looks])[:-1])
     return [_enlarge(t.reshape(*x.tissue.shape, 3), patch, x.size) for t, x in zip(tiles, looks, strict=True)]
 
@@ -230,18 +232,17 @@ def write_page(encoder, data: Path, output: Path, count: int, long_side: int, se
         body.append(section(title, paragraph(text), f'<div class="tiles">{figures}</div>'))
 
     looks = look(encoder, images, long_side)
-    columns = [colour(looks, patch)]
-    beside = ""
+    columns, beside = [colour(looks, patch), colour(looks, patch, centre=True)], ""
     if encoder.vit:
-        columns.append(pca_tiles(untrained(encoder), pictures, long_side))
-        beside = ", then the same architecture with random weights"
+        columns.append(colour(look(untrained(encoder), images, long_side), patch, centre=True))
+        beside = ", and the latter for the same architecture with random weights"
     tiles = [
         ([p.image, *(overlay(p.image, t) for t in mine)], caption(p.row))
         for p, *mine in zip(pictures, *columns, strict=True)
     ]
-    show("patch_pca", "Patch tokens", "The image, then the first three principal components of its patch "
-         f"tokens over it{beside}. Fitted on the tissue of all images shown: equal colours are alike to the "
-         "encoder.", tiles)  # fmt: skip
+    show("patch_pca", "Patch tokens", "The image; over it the first three principal components of the patch "
+         "tokens, fitted on the tissue of all images shown (equal colours are alike to the encoder); the "
+         f"same after the mean of each image was taken off{beside}.", tiles)  # fmt: skip
     if encoder.vit:
         tiles = []
         for p, x in zip(pictures, looks, strict=True):
