@@ -33,6 +33,7 @@ from data_prep.identity import load_key
 from data_prep.plan import Listing, Planned, count_by
 from data_prep.settings import PRESETS, Settings
 from data_prep.shards import make_records
+from mammodino_jax import __version__
 from mammodino_jax.data import records
 from mammodino_jax.errors import UserError, run_command
 
@@ -115,6 +116,8 @@ def embed(encoder, options: BuildOptions, long_side: int = 0, batch_size: int = 
         raise UserError(f"--output {output}: expected a file that ends in .parquet or .npz")
     long_side = long_side or encoder.long_side
     check_long_side(long_side, encoder.patch_size)
+    if images and images.exists() and not images.is_dir():
+        raise UserError(f"--save-images {images}: expected a folder")
     listing = list_inputs(options, local)
     dataset = options.dataset or options.source
     key = load_key(options.key, output, local)
@@ -123,6 +126,7 @@ def embed(encoder, options: BuildOptions, long_side: int = 0, batch_size: int = 
     about = {
         "encoder": encoder.name, "fingerprint": encoder.fingerprint, "long_side": long_side,
         "per_slice": per_slice, "save_images": images is not None, "inputs": prep["inputs"],
+        "part": PART, "version": __version__,
     } | {f"preprocessing.{name}": value for name, value in prep["settings"].items()}  # fmt: skip
     with locked(output, local):
         done = _earlier_run(output, local / "embed.json", about)
@@ -134,12 +138,13 @@ def embed(encoder, options: BuildOptions, long_side: int = 0, batch_size: int = 
             shutil.rmtree(left, ignore_errors=True)
         # of its own name: worker processes that outlive a kill must not write into it
         place = tempfile.TemporaryDirectory(dir=local, prefix="records-")
-        with executor(options.workers, None) as run, place as folder:
+        with place as folder, executor(options.workers, None) as run:
             planned, rejects = plan_inputs(listing, options, earlier, run)
             work = functools.partial(
                 read_records, settings=options.settings, dataset=dataset, key=key, folder=Path(folder)
             )
             fit = batches_of(encoder)
+            pad = encoder.patch_size if encoder.vit else 1  # a ViT's images end in whole patches
             most = 1 if jax.default_backend() == "cpu" else BATCH * jax.local_device_count()
             extractor = replace(
                 encoder_extractor(encoder), batch_size=lambda n: batch_size or min(fit(n), most)
@@ -149,7 +154,7 @@ def embed(encoder, options: BuildOptions, long_side: int = 0, batch_size: int = 
             with tqdm(total=len(planned), desc="images", unit="image", mininterval=1) as bar:
                 bar.update(len(planned) - sum(map(len, todo.values())))
                 for path, ready in zip(todo, _ahead(run, work, list(todo.values())), strict=True):
-                    features = _features(ready, extractor, long_side, images)
+                    features = _features(ready, extractor, long_side, images, pad)
                     _write_part(path, ready, features, per_slice, long_side)
                     bar.update(len(ready))
         done = _finish(output, local, list(parts), rejects, listing, about)
@@ -224,9 +229,9 @@ def read_records(p: Planned, settings: Settings, dataset: str, key: bytes, folde
     return {"rows": [row for row, _ in found], "path": path, "files": files, "rejects": rejects, "used": used}
 
 
-def _features(ready: list[dict], extractor, long_side: int, images: Path | None) -> dict[str, np.ndarray]:
-    """f32 {"cls", "mean": [n, D]} of all slices of a part. Its batches are its own, so a part has the same
-    bits however often the run was interrupted."""
+def _features(ready: list[dict], extractor, long_side: int, images: Path | None, pad: int) -> dict:
+    """f32 {"cls", "mean": [n, D]} of all slices of a part; their pictures, padded to multiples of `pad`, go
+    to `images`. Its batches are its own, so a part has the same bits however often a run was interrupted."""
     from mammodino_jax.data.eval import make_eval_batches
 
     slices = [(r, i) for r in ready for i in range(len(r["rows"]))]
@@ -237,8 +242,8 @@ def _features(ready: list[dict], extractor, long_side: int, images: Path | None)
         size = height * width
         return np.fromfile(r["path"], np.uint8, size, offset=i * size).reshape(height, width)
 
-    found, patch = {}, extractor.patch
-    settings = dict(long_side=long_side, patch=patch, batch_size=extractor.batch_size)
+    found = {}
+    settings = dict(long_side=long_side, patch=extractor.patch, batch_size=extractor.batch_size)
     for batch in make_eval_batches(read, shapes, **settings):
         for name, x in extractor.function(batch["image"], batch["size"], batch["tissue"], None).items():
             found.setdefault(name, np.zeros((len(slices), x.shape[1]), np.float32))
@@ -247,7 +252,7 @@ def _features(ready: list[dict], extractor, long_side: int, images: Path | None)
                     found[name][place] = x[i]
         for i, place in enumerate(batch["place"] if images else ()):
             if place >= 0:
-                height, width = -(-batch["size"][i] // patch) * patch  # whole patches
+                height, width = -(-batch["size"][i] // pad) * pad
                 r, s = slices[place]
                 file = images / f"{r['rows'][s]['image_id']}.png"
                 if not cv2.imwrite(str(file), batch["image"][i, :height, :width]):
@@ -299,10 +304,15 @@ def _finish(output: Path, local: Path, parts: list[Path], rejects: list[dict], l
     with pq.ParquetWriter(table, schema) as writer, open(local / "manifest.jsonl", "w") as manifest:
         for path in parts:
             part = pq.read_table(path)
-            pairs = zip(part["id"].to_pylist(), part["pixel_hash"].to_pylist(), strict=True)
-            first = [(name, seen.setdefault(pixels, name)) for name, pixels in pairs]
-            same = pa.array([None if a == b else b for a, b in first], pa.string())
-            writer.write_table(part.set_column(place, SCHEMA.field(place), same).cast(schema))
+            columns = (part[name].to_pylist() for name in ("id", "volume_id", "pixel_hash"))
+            same = []
+            for name, volume, pixels in zip(*columns, strict=True):
+                other, of = seen.setdefault(pixels, (name, volume))
+                # as in a build: slices of one volume may be equal
+                same.append(other if name != other and (volume is None or volume != of) else None)
+            writer.write_table(
+                part.set_column(place, SCHEMA.field(place), pa.array(same, pa.string())).cast(schema)
+            )
             count += len(part)
             said = json.loads(path.with_suffix(".json").read_text())
             failed |= {r["number"]: r for r in said["rejects"]}
