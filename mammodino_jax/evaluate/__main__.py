@@ -16,7 +16,7 @@ import numpy as np
 
 from mammodino_jax import __version__
 from mammodino_jax.errors import UserError, run_command, suggest
-from mammodino_jax.evaluate import benchmarks, probes
+from mammodino_jax.evaluate import benchmarks, extras, probes
 from mammodino_jax.evaluate.benchmarks import Benchmark
 from mammodino_jax.evaluate.entries import Entry, plan
 from mammodino_jax.evaluate.html import write_page
