@@ -21,7 +21,7 @@ from mammodino_jax.evaluate.benchmarks import Benchmark
 from mammodino_jax.evaluate.entries import Entry, plan
 from mammodino_jax.evaluate.html import write_page
 from mammodino_jax.evaluate.items import Rows, read_rows
-from mammodino_jax.evaluate.scores import write_scores
+from mammodino_jax.evaluate.scores import NAME, write_scores
 from mammodino_jax.evaluate.table import markdown
 from mammodino_jax.evaluate.tasks import answer, ask
 
@@ -132,13 +132,19 @@ def main(argv=None) -> None:
         task, found = answer(question, entries, features, args, benchmark.breakdown)
         results["tasks"].append(task)
         scored += [(task["task"], *of_entry) for of_entry in found]
+    if args.dense:
+        results["dense"] = extras.dense_probe(args, entries)
+    if args.shortcuts:
+        results |= extras.shortcut_probes(args, entries, features)
+    if args.long_side and len(args.long_side) > 1:
+        results["sweep"] = extras.sweep(results["tasks"])
     args.output.mkdir(parents=True, exist_ok=True)
-    write_scores(args.output / "scores.parquet", scored)
+    write_scores(args.output / NAME, scored)
     (args.output / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False))
     text = markdown(results)
     (args.output / "table.md").write_text(text)
     print(text)
-    page = write_page(results, args.output / "scores.parquet", rows, args.output)
+    page = write_page(results, {tuple(key): folds for *key, folds in scored}, rows, args.output)
     print(f"results: {args.output / 'results.json'}, {args.output / 'table.md'}, {page}")
 
 
