@@ -119,6 +119,8 @@ def facts(args, rows: Rows, benchmark: Benchmark, absent: list[str], entries: li
 def main(argv=None) -> None:
     args = parse(argv)
     benchmark = benchmarks.find(args.benchmark)
+    if args.dense and not benchmark.dense:
+        raise UserError(f"--dense: the findings of {benchmark.title} have no places; leave it out")
     rows = read_rows(args.data)
     probes.check_patients(rows.columns["patient_id"], rows.columns["split"])
     args.folds = benchmark.folds if args.folds is None else args.folds
