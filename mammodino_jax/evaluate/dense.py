@@ -184,7 +184,7 @@ def contralateral(rows) -> dict[int, int]:
         sides[*where, side].append(i)
     found = {}
     for i, (patient, study, kind, view, side, _, _) in enumerate(table):
-        others = sides.get((patient, study, kind, view, {"L": "R", "R": "L"}.get(side)))
+        others = sides.get((patient, study, kind, view, {"L": "R", "R": "L"}.get(side, "unknown")))
         if others and view is not None:
             found[i] = min(others, key=lambda j: abs(depth[j] - depth[i]))
     return found
@@ -336,9 +336,10 @@ def run(rows, encoder, long_side: int, items, folds, draws: int, seed: int, batc
       "rows": one for single images and one for tomosynthesis volumes, as far as there are lesions to fit and
       to test on. AUCs and percentiles are means over images with lesions (repeats of one image first): a
       logistic regression ("supervised"), and without labels the difference from the other breast
-      ("left_right") and from the image's mean ("mean_distance"). "sensitivity" by false positives a unit,
-      over all tested units; "mean_sensitivity" over 1 to 4 of them on units with lesions alone, which for
-      volumes is DBTex's. Thresholds are set within folds. "counts": what was left out.
+      ("left_right") and from the image's mean ("mean_distance"). "rank_chance": the percentile of the best of
+      as many patches, where they say nothing. "sensitivity" by false positives a unit, over all tested units;
+      "mean_sensitivity" over 1 to 4 of them on units with lesions alone, which for volumes is DBTex's.
+      Thresholds are set within folds. "counts": what was left out.
     """
     found = lesions(rows)
     boxes = collections.defaultdict(list)
@@ -357,12 +358,12 @@ def run(rows, encoder, long_side: int, items, folds, draws: int, seed: int, batc
         fits = [_fit(samples, train, val, seed) for train, val in inside]
         usable = [(fold.test, fit) for fold, fit in zip(folds, fits, strict=True) if fit]
         tested = np.unique(np.concatenate([test for test, _ in usable])) if usable else np.zeros(0, int)
-        mine = {i: box for i, box in mine.items() if items.item[i] in set(tested)}
+        mine = {i: mine[i] for i in np.intersect1d(list(mine), np.flatnonzero(np.isin(items.item, tested)))}
         if not mine:
             continue
         normal = _normals(rows, unit, items, tested, found, seed)
         chosen = sorted({items.item[i] for i in mine} | set(normal))
-        scored, candidates = _score(rows, grids, encoder.patch_size, items, usable, mine, chosen)
+        scored, chance, candidates = _score(rows, grids, encoder.patch_size, items, usable, mine, chosen)
         facts = {
             "features": encoder.name, "unit": unit, "long_side": long_side,
             "mm_per_px": _median(mm_per_px(rows, long_side)[list(mine)]),
@@ -377,6 +378,7 @@ def run(rows, encoder, long_side: int, items, folds, draws: int, seed: int, batc
             for column, what in enumerate(("auc", "rank")):
                 values = [value[column] for value in of.values()]
                 facts[f"{name}_{what}"] = mean_figure(values, patient, draws, seed)
+        facts["rank_chance"] = float(np.mean(chance)) if chance else None
         facts["without_lesion_patches"] = len(mine) - facts["supervised_auc"]["n"]
         facts["without_other_breast"] = len(mine) - len(scored["left_right"])
         table.append(facts | _sensitivity(rows, unit, items, usable, mine, chosen, candidates, draws, seed))
@@ -393,14 +395,15 @@ def _score(rows, grids, patch: int, items, usable, boxes: dict, chosen: list[int
     """Encode the chosen items, and the other breasts of images with lesions.
 
     Returns:
-      {name: {record: [(AUC, percentile) for each fold that tests it]}} of records with lesions, and
-      {(fold, item): candidates (z, y, x, score) in record px, f64 [c, 4]}.
+      {name: {record: [(AUC, percentile) for each fold that tests it]}} of records with lesions; for each, the
+      percentile that the best of as many patches reaches by chance; and {(fold, item): candidates (z, y, x,
+      score) in record px, f64 [c, 4]}.
     """
     folds_of = collections.defaultdict(list)
     for f, (test, _) in enumerate(usable):
         for item in test:
             folds_of[item].append(f)
-    scored = {"supervised": {}, "left_right": {}, "mean_distance": {}}
+    scored, chance = {"supervised": {}, "left_right": {}, "mean_distance": {}}, []
     other, candidates, c = contralateral(rows), collections.defaultdict(list), rows.columns
     places = np.flatnonzero(np.isin(items.item, chosen)).tolist()
     for first in range(0, len(places), HELD):
@@ -417,6 +420,8 @@ def _score(rows, grids, patch: int, items, usable, boxes: dict, chosen: list[int
         for i, j in pairs.items():
             tokens, tissue, scale = held[i]
             parts = patch_labels(boxes[i] * scale / patch, tissue)
+            if parts[0].any():
+                chance.append(parts[0].sum() / (parts[0].sum() + 1))
             fits = [usable[f][1] for f in folds_of[items.item[i]]]
             scored["supervised"][i] = [within_image(fit(tokens), *parts) for fit in fits]
             scored["mean_distance"][i] = [within_image(mean_distance(tokens, tissue), *parts)]
@@ -427,7 +432,7 @@ def _score(rows, grids, patch: int, items, usable, boxes: dict, chosen: list[int
         radius = SUPPRESS * max(c["height"][i], c["width"][i])
         depth = DBT_DEPTH * np.nan_to_num(c["num_slices"][i])
         candidates[f, item] = suppress(np.concatenate(found), radius, depth)
-    return scored, candidates
+    return scored, chance, candidates
 
 
 def _sensitivity(rows, unit, items, usable, boxes, chosen, candidates, draws: int, seed: int) -> dict:
