@@ -15,9 +15,9 @@ from scipy.ndimage import binary_dilation, gaussian_filter, maximum_filter
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
+from mammodino_jax.evaluate import intervals
 from mammodino_jax.evaluate.features import mm_per_px, patch_grids
 from mammodino_jax.evaluate.metrics import auc
-from mammodino_jax.evaluate.resample import figure, mean_figure, patient_weights
 
 UNITS = ("image", "volume")
 PATCHES = 256  # of lesions, and of tissue, that an image gives to the fit; tests use all
@@ -146,17 +146,17 @@ def left_right(tokens, tissue, other_tokens, other_tissue) -> np.ndarray:
 
     Records have the chest wall on the left, so the place is that of the mirrored breast, with heights from
     the upper end and distances from the chest wall in shares of the height. A patch in whose window the
-    other breast has no tissue is compared with all of it.
+    other breast has no tissue is compared with all of it; 0 where there is no tissue.
     """
-    tokens, other = _unit(tokens), _unit(other_tokens)[other_tissue >= 0.5]
-    gh, gw = tissue.shape
-    y, x = (np.nonzero(other_tissue >= 0.5) + np.full((2, 1), 0.5)) / len(other_tissue)
-    out = np.zeros((gh, gw))
-    for row in range(gh):
-        near = np.abs((np.arange(gw)[:, None] + 0.5) / gh - x) <= WINDOW
-        near &= np.abs((row + 0.5) / gh - y) <= WINDOW
-        near |= ~near.any(axis=1, keepdims=True)
-        out[row] = 1 - np.where(near, tokens[row] @ other.T, -1).max(axis=1)
+    on, on_other = tissue > 0, other_tissue >= 0.5
+    (y, x), (other_y, other_x) = (
+        (np.nonzero(mask) + np.full((2, 1), 0.5)) / len(mask) for mask in (on, on_other)
+    )
+    near = (np.abs(y[:, None] - other_y) <= WINDOW) & (np.abs(x[:, None] - other_x) <= WINDOW)
+    near |= ~near.any(axis=1, keepdims=True)
+    cosine = np.where(near, _unit(tokens[on]) @ _unit(other_tokens[on_other]).T, -1)
+    out = np.zeros(tissue.shape)
+    out[on] = 1 - cosine.max(axis=1, initial=-1)
     return out
 
 
@@ -377,7 +377,7 @@ def run(rows, encoder, long_side: int, items, folds, draws: int, seed: int, batc
             patient = rows.columns["patient_id"][list(of)]
             for column, what in enumerate(("auc", "rank")):
                 values = [value[column] for value in of.values()]
-                facts[f"{name}_{what}"] = mean_figure(values, patient, draws, seed)
+                facts[f"{name}_{what}"] = intervals.mean(values, patient, draws, seed)
         facts["rank_chance"] = float(np.mean(chance)) if chance else None
         facts["without_lesion_patches"] = len(mine) - facts["supervised_auc"]["n"]
         facts["without_other_breast"] = len(mine) - len(scored["left_right"])
@@ -437,8 +437,8 @@ def _score(rows, grids, patch: int, items, usable, boxes: dict, chosen: list[int
 
 def _sensitivity(rows, unit, items, usable, boxes, chosen, candidates, draws: int, seed: int) -> dict:
     """FROC figures of the candidates: thresholds within folds, lesions of all folds together."""
-    weights = patient_weights(items.patient[chosen], draws, seed)
-    weights = np.vstack([np.ones(len(chosen)), weights])  # the first: each unit once
+    patient = items.patient[chosen]
+    weights = intervals.weightings(patient, draws, seed)
     with_lesion, found = {items.item[i] for i in boxes}, {}
     for name, wanted in (("all", set(chosen)), ("located", with_lesion)):
         hits, total = np.zeros((len(weights), len(RATES))), np.zeros((len(weights), 1))
@@ -457,10 +457,8 @@ def _sensitivity(rows, unit, items, usable, boxes, chosen, candidates, draws: in
             total += count
         with np.errstate(invalid="ignore"):
             found[name] = hits / total
-    mean = found["located"].mean(axis=1)
+    by_rate = zip(RATES, found["all"].T, strict=True)
     return {
-        "sensitivity": {
-            str(rate): figure(v[0], v[1:]) for rate, v in zip(RATES, found["all"].T, strict=True)
-        },
-        "mean_sensitivity": figure(mean[0], mean[1:]),
+        "sensitivity": {str(rate): intervals.estimate(values, patient, draws) for rate, values in by_rate},
+        "mean_sensitivity": intervals.estimate(found["located"].mean(axis=1), patient, draws),
     }

@@ -14,9 +14,9 @@ from sklearn.model_selection import GridSearchCV, GroupKFold, StratifiedGroupKFo
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from mammodino_jax.evaluate import intervals
 from mammodino_jax.evaluate.items import units
 from mammodino_jax.evaluate.probes import standardise
-from mammodino_jax.evaluate.resample import figure, mean_figure, patient_weights
 
 MOST = 5000  # units, or slices, that a probe looks at; whole patients are drawn
 VOLUME_SLICES = 12  # of a volume at most, evenly spaced, that the depth probe looks at
@@ -110,7 +110,7 @@ def retrieve(rows, x_rF, places, draws, seed, apart: str | None = None) -> dict:
     if not counted.any():
         raise _NotAskedError(f"no patient has two images{f' that differ in {apart}' if apart else ''}")
     nearest = np.where(allowed, x @ x.T, -np.inf).argmax(axis=1)
-    found = mean_figure(same[np.arange(len(same)), nearest][counted], patient[counted], draws, seed)
+    found = intervals.mean(same[np.arange(len(same)), nearest][counted], patient[counted], draws, seed)
     chance = (same.sum(axis=1) / np.maximum(allowed.sum(axis=1), 1))[counted].mean()
     return {"metric": "top 1", **found, "chance": float(chance), "patients": len(np.unique(patient[counted]))}
 
@@ -131,14 +131,14 @@ def classify(rows, x_rF, places, draws, seed, column: str) -> dict:
     for train, test in splitter.split(x, label, patient):
         model = LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=1000)
         predicted[test] = make_pipeline(StandardScaler(), model).fit(x[train], label[train]).predict(x[test])
-    weights = np.vstack([np.ones(len(label)), patient_weights(patient, draws, seed)])
+    weights = intervals.weightings(patient, draws, seed)
     with np.errstate(invalid="ignore"):
         of_class = [weights[:, label == c] for c in range(len(values))]
         right = [w @ (predicted[label == c] == c) / w.sum(axis=1) for c, w in enumerate(of_class)]
     accuracy = np.mean(right, axis=0)
     return {
-        "metric": "balanced accuracy", **figure(accuracy[0], accuracy[1:]), "chance": 1 / len(values),
-        "n": len(label), "patients": len(np.unique(patient)), "values": values,
+        "metric": "balanced accuracy", **intervals.estimate(accuracy, patient, draws),
+        "chance": 1 / len(values), "n": len(label), "patients": len(np.unique(patient)), "values": values,
     }  # fmt: skip
 
 
@@ -167,7 +167,7 @@ def depth(rows, x_rF, places, draws, seed) -> dict:
     predicted, _ = _predict(x_rF[slices], target, patient)
     volumes = _groups(rows, slices)
     at = [np.searchsorted(slices, of) for of in volumes]
-    found = mean_figure(
+    found = intervals.mean(
         [_correlation(*map(rankdata, (predicted[of].round(9), target[of])))[0] for of in at],
         c["patient_id"][[of[0] for of in volumes]], draws, seed,
     )  # fmt: skip
@@ -203,13 +203,13 @@ def size(rows, x_rF, places, draws, seed, what: str) -> dict:
     if np.ptp(target) <= 1e-6 * np.abs(target).max():
         raise _NotAskedError("it is the same in all images")
     predicted, fold = _predict(x_rF[places], target, patient)
-    weights = np.vstack([np.ones(len(target)), patient_weights(patient, draws, seed)])
+    weights = intervals.weightings(patient, draws, seed)
     ranks = np.zeros((2, len(target)))
     for part in (fold == f for f in range(FOLDS)):  # predictions of two folds are not ranked together
         ranks[:, part] = [rankdata(v[part]) / part.sum() for v in (predicted, target)]
     value = _correlation(*ranks, weights)
     return {
-        "metric": "Spearman", **figure(value[0], value[1:]), "chance": 0.0, "n": len(target),
+        "metric": "Spearman", **intervals.estimate(value, patient, draws), "chance": 0.0, "n": len(target),
         "patients": len(np.unique(patient)), "r2": float(r2_score(target, predicted)), "unit": unit,
     }  # fmt: skip
 
@@ -271,7 +271,7 @@ def cross_slice(rows, features: dict[str, np.ndarray], draws: int = 1000, seed: 
         difference = []
         for column in (within - across).T:
             kept = np.isfinite(column)
-            difference.append(mean_figure(column[kept], patient[kept], draws, seed))
+            difference.append(intervals.mean(column[kept], patient[kept], draws, seed))
         out[name] = {
             "offsets": list(OFFSETS), "within": _means(within), "across": _means(across),
             "difference": difference, "volumes": len(volumes),
