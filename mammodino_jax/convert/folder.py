@@ -4,8 +4,9 @@ import dataclasses
 import json
 from pathlib import Path
 
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
+from mammodino_jax.convert.foreign import tensors
 from mammodino_jax.convert.hf import config_json, from_hf, to_hf
 from mammodino_jax.convert.hub import from_hub, hub_shapes, to_hub
 from mammodino_jax.encoder import Encoder
@@ -104,7 +105,7 @@ def load(folder: Path) -> Encoder:
         )
     about = json.loads(path.read_text())
     vit = ViTConfig(**about["vit"])
-    weights = load_file(Path(folder) / "model.safetensors")
+    weights = tensors(Path(folder) / "model.safetensors")
     if about["format"] == "hf":
         weights = from_hf(weights)
     if {k: a.shape for k, a in weights.items()} != hub_shapes(vit):

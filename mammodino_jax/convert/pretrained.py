@@ -44,7 +44,10 @@ def load_pretrained(
     Raises:
       UserError: unreadable weights, or weights that do not fit the recipe.
     """
-    params = {"backbone": _fit(load_encoder(spec), spec, vit, mean, std)}
+    source = load_encoder(spec)
+    if source.vit is None:
+        raise UserError(f"{spec} is not a ViT: pretraining starts from a ViT's weights only")
+    params = {"backbone": _fit(source, spec, vit, mean, std)}
     kind, _, path = spec.partition(":")
     if heads or kind == "dbt-dino":
         found = split(tensors(Path(heads or path)))

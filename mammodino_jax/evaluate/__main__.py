@@ -21,7 +21,7 @@ from mammodino_jax.evaluate.benchmarks import Benchmark
 from mammodino_jax.evaluate.entries import Entry, plan
 from mammodino_jax.evaluate.html import write_page
 from mammodino_jax.evaluate.items import Rows, read_rows
-from mammodino_jax.evaluate.scores import write_scores
+from mammodino_jax.evaluate.scores import NAME, write_scores
 from mammodino_jax.evaluate.table import markdown
 from mammodino_jax.evaluate.tasks import answer, ask
 
@@ -42,8 +42,8 @@ def parse(argv=None) -> argparse.Namespace:
         "encoders, which then read those; with one of preset raw our encoders get a row on it")  # fmt: skip
     add("--benchmark", required=True, help=", ".join(benchmarks.BENCHMARKS))
     add("--output", type=Path, required=True)
-    add("--long-side", nargs="+", type=int, help="px of the images; several: a resolution sweep. Default: what "
-        "the encoder is made for (twice its training crops for DINOv2 and ours)")  # fmt: skip
+    add("--long-side", nargs="+", type=int, help="px of the images; several: a resolution sweep. Default: "
+        "what the encoder is made for (twice its training crops for DINOv2 and ours)")  # fmt: skip
     add("--tiles", action="store_true", help="cut images into squares of the training size")
     add("--features", choices=PARTS, default="cls+mean", help="CLS, or CLS beside the mean of tissue patches")
     add(
@@ -87,9 +87,11 @@ def facts(args, rows: Rows, benchmark: Benchmark, absent: list[str], entries: li
 
     column = rows.columns
     splits = {s: len(set(column["patient_id"][column["split"] == s])) for s in sorted(set(column["split"]))}
+    kinds = sorted(set(column["kind"]))
     encoders = {
-        e.name: {"spec": e.spec, "kind": e.kind, "fingerprint": e.encoder.fingerprint, "patch": e.encoder.patch_size,
-                 "mean": list(e.encoder.mean), "std": list(e.encoder.std), "made_for": e.encoder.made_for,
+        e.name: {"spec": e.spec, "kind": e.kind, "fingerprint": e.encoder.fingerprint,
+                 "patch": e.encoder.patch_size, "mean": list(e.encoder.mean), "std": list(e.encoder.std),
+                 "made_for": e.encoder.made_for,
                  "reads": [str(f) for f in e.rows.folders], "remarks": list(e.remarks)}
         for e in entries if e.encoder
     }  # fmt: skip
@@ -104,7 +106,7 @@ def facts(args, rows: Rows, benchmark: Benchmark, absent: list[str], entries: li
             "interval": "95 %, patients resampled, probes as trained",
         },
         "encoders": encoders,
-        "data": {"records_by_kind": {k: int((column["kind"] == k).sum()) for k in sorted(set(column["kind"]))},
+        "data": {"records_by_kind": {k: int((column["kind"] == k).sum()) for k in kinds},
                  "patients_by_split": splits, "records_left_out": rows.left_out},
         "versions": {
             "mammodino_jax": __version__, "jax": jax.__version__, "scikit-learn": sklearn.__version__,
@@ -130,13 +132,19 @@ def main(argv=None) -> None:
         task, found = answer(question, entries, features, args, benchmark.breakdown)
         results["tasks"].append(task)
         scored += [(task["task"], *of_entry) for of_entry in found]
+    if args.dense:
+        results["dense"] = extras.dense_probe(args, entries)
+    if args.shortcuts:
+        results |= extras.shortcut_probes(args, entries, features)
+    if args.long_side and len(args.long_side) > 1:
+        results["sweep"] = extras.sweep(results["tasks"])
     args.output.mkdir(parents=True, exist_ok=True)
-    write_scores(args.output / "scores.parquet", scored)
+    write_scores(args.output / NAME, scored)
     (args.output / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False))
     text = markdown(results)
     (args.output / "table.md").write_text(text)
     print(text)
-    page = write_page(results, args.output / "scores.parquet", rows, args.output)
+    page = write_page(results, {tuple(key): folds for *key, folds in scored}, rows, args.output)
     print(f"results: {args.output / 'results.json'}, {args.output / 'table.md'}, {page}")
 
 

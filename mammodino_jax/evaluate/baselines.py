@@ -1,4 +1,4 @@
-"""Features that an encoder has to beat: what the outline of the breast says, hand-made texture, raw pixels."""
+"""Features that an encoder has to beat: the outline of the breast, hand-made texture, raw pixels."""
 
 import hashlib
 from pathlib import Path

@@ -184,8 +184,8 @@ def _read_from(encoder, rows: Rows, builds: dict[str, Rows], foreign: bool) -> t
     differ = sorted({d for folder in rows.folders for d in mismatch(encoder.made_for, _settings(folder))})
     if not foreign:
         raise UserError(
-            f"{encoder.name} was made for another build than --data: {'; '.join(differ)}; give its build with "
-            f"--builds (python -m data_prep build --preset {encoder.made_for.get('preset', 'mammodino')}), or "
-            "pass --foreign-preprocessing to have it said in the table"
+            f"{encoder.name} was made for another build than --data: {'; '.join(differ)}; give its build as "
+            f"--builds (python -m data_prep build --preset {encoder.made_for.get('preset', 'mammodino')}), "
+            "or pass --foreign-preprocessing to have it said in the table"
         )
     return rows, f"foreign preprocessing: {'; '.join(differ)}"

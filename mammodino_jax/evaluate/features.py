@@ -156,7 +156,7 @@ def _extract(
 
 
 def _tiles(rows: Rows, shapes, long_side: int, tile: int):
-    """Squares that cover each image evenly: side, record [t] of each tile, shapes [t, 2], and their reader."""
+    """Squares that cover images evenly: their side, record [t], shapes [t, 2], and reader."""
     owner, corner, size = [], [], []
     for i, shape in enumerate(shapes):
         h, w = fitted(*shape, long_side)
@@ -178,7 +178,7 @@ def _tiles(rows: Rows, shapes, long_side: int, tile: int):
 
 
 def aggregate(x_rF: np.ndarray, rows: Rows, items: Items, how: str = "mean") -> np.ndarray:
-    """Features of items, f32 [n, F]: `how` ("mean" or "max") over the slices of a volume, then over images."""
+    """Features of items, f32 [n, F]: `how` ("mean" or "max") over slices of a volume, then over images."""
     inside = np.flatnonzero(items.item >= 0)
     _, unit = np.unique(units(rows)[inside].astype(str), return_inverse=True)
     of_unit = np.zeros(unit.max() + 1, np.int64)

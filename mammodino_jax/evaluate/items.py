@@ -28,7 +28,7 @@ class Rows:
     Attributes:
       folders: the built data sets.
       source, place: i64 [r], the record's folder, and its row in the index of that.
-      columns: every other column of the index, [r]: text as objects (None: unknown), numbers as float64 (NaN).
+      columns: every other column of the index, [r]: text as objects (None: unknown), numbers as f64 (NaN).
       labels: {name without label_: i64 [r], -1 where unknown}.
       class_names: {name without label_: names of its values}, as far as labels.json of a folder has them.
       left_out: how many records are duplicates or flagged.

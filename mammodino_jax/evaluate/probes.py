@@ -189,7 +189,7 @@ def run(
     """Train and test a probe on every fold; the settings it chose come second.
 
     Args:
-      cache: a folder; scores of the same features (`key`, or x itself), labels, folds and seed are read from it.
+      cache: a folder; scores of the same features (`key`, or x itself), labels, folds, seed come from it.
     """
     tested, settings = [], []
     for fold in folds:

@@ -1,4 +1,4 @@
-"""Tasks of a benchmark over the data at hand: which items they ask, in which folds, and what probes answer."""
+"""Tasks of a benchmark over data: which items they ask, in which folds, and what probes answer."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from mammodino_jax.errors import UserError
 from mammodino_jax.evaluate import probes
-from mammodino_jax.evaluate.benchmarks import Benchmark, Task
+from mammodino_jax.evaluate.benchmarks import Benchmark, Task, asked_of
 from mammodino_jax.evaluate.breakdown import breakdown as cut
 from mammodino_jax.evaluate.features import aggregate
 from mammodino_jax.evaluate.items import Items, Rows, group
@@ -56,17 +56,15 @@ def ask(
     questions, absent = [], []
     there = ", ".join(rows.labels) or "none"
     for task in benchmark.tasks:
-        if task.label not in rows.labels:
-            raise UserError(f'task "{task.name}" needs the label "{task.label}"; labels there are: {there}')
+        for label in task.labels:
+            if label not in rows.labels:
+                raise UserError(f'task "{task.name}" needs the label "{label}"; labels there are: {there}')
         items = group(rows, task.level, task.kinds)
         if not len(items.first):
             absent.append(task.name)
             continue
-        values = items.label(task.label)
-        for column, allowed in task.where.items():
-            values = np.where(np.isin(rows.columns[column][items.first].astype(str), allowed), values, -1)
-        chosen = np.flatnonzero(values >= 0)
-        classes, label = np.unique(values[chosen], return_inverse=True)
+        chosen = np.flatnonzero(asked_of(task, rows, items))
+        classes, label = np.unique(items.label(task.label)[chosen], return_inverse=True)
         if len(classes) < 2:
             raise UserError(
                 f'task "{task.name}": label "{task.label}" has {len(classes)} known values over the '
@@ -77,6 +75,11 @@ def ask(
             drawn = probes.cross_folds(label, patient, folds, seed, task.name, repeats)
         else:
             drawn = probes.official_fold(items.split[chosen], task.name)
+            if len(np.unique(label[drawn[0].test])) < 2:
+                raise UserError(
+                    f'task "{task.name}": the test split has one value of label "{task.label}" only; use '
+                    "--folds 5 to cross-validate over all splits"
+                )
         questions.append(Question(task, items, chosen, label, classes, drawn))
     if not questions:
         kinds = ", ".join(sorted(set(rows.columns["kind"])))
@@ -115,8 +118,9 @@ def answer(
                 "aggregate": args.aggregate, "metrics": metrics,
                 "not_computed": metrics["auc"]["not_computed"], "chosen": chosen,
                 "remarks": list(entry.remarks),
-                "breakdown": cut(entry.rows, items, question.chosen, folds, tested, breakdown, args.draws, args.seed)
-                if breakdown and name == args.probes[0] else {},
+                "breakdown": cut(
+                    entry.rows, items, question.chosen, folds, tested, breakdown, args.draws, args.seed
+                ),
             })  # fmt: skip
             if args.few_labels and entry.extractor:
                 curve = few_label.setdefault(entry.name, {}).setdefault(name, [])
@@ -125,9 +129,9 @@ def answer(
     names = dict(enumerate(items.rows.class_names.get(task.label, [])))
     counts = np.bincount(question.label[test], minlength=len(question.classes)).tolist()
     facts = {
-        "task": task.name, "label": task.label, "kinds": task.kinds, "level": task.level, "primary": task.primary,
-        "note": task.note, "classes": question.classes.tolist(),
-        "folds": len(folds), "repeats": 1 + max(f.repeat for f in folds),
+        "task": task.name, "label": task.label, "kinds": task.kinds, "level": task.level,
+        "primary": task.primary, "note": task.note, "classes": question.classes.tolist(),
+        "folds": sum(f.repeat == 0 for f in folds), "repeats": 1 + max(f.repeat for f in folds),
         "train_items": int(np.mean([len(f.train) for f in folds])),
         "test_items": len(test), "test_patients": len(np.unique(question.patient[test])),
         "test_items_by_class": {

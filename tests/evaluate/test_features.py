@@ -22,9 +22,7 @@ def test_every_record_gets_its_own_features_and_a_volume_the_mean(labelled, tmp_
     content = [(np.full_like(i, 10 + n), row) for n, (i, row) in enumerate(labelled.items(8))]
     rows = read_rows([labelled.write(tmp_path / "d", content)])
     found = features.record_features(rows, MARKER, 56)["x"]
-    grey = np.array(
-        [dict((r["image_id"], i.max()) for i, r in content)[name] for name in rows.columns["image_id"]]
-    )
+    grey = np.array([{r["image_id"]: i.max() for i, r in content}[name] for name in rows.columns["image_id"]])
     np.testing.assert_allclose(found[:, 0], grey)
     np.testing.assert_allclose(found[:, 1], 0.2 * rows.columns["height"] / 56, rtol=1e-6)
     items = group(rows)
@@ -85,7 +83,7 @@ def test_tiles_cover_the_image_at_the_training_size(data, encoder):
     rows = read_rows([data]).take(np.arange(2))
     read = features.encoder_extractor(encoder)
     found = features.record_features(rows, read, 56, tiles=True)
-    image, tissue = letterbox(rows.image(0), 56, 42, 14)
+    image, _ = letterbox(rows.image(0), 56, 42, 14)
     tiles = [(y, x) for y in (0, 28) for x in (0, 6)]  # 56 x 34 in squares of 28
     total, weight = 0.0, 0.0
     for y, x in tiles:

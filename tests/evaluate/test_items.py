@@ -19,7 +19,7 @@ def test_items_are_images_and_whole_volumes(data):
 
 def test_breasts_and_exams_bring_images_together_and_take_the_highest_label(labelled, tmp_path):
     content = labelled.items(6, slices=0)
-    for image, row in content:
+    for _, row in content:
         row["study_id"] = f"s-{row['patient_id']}"
     content[0][1]["laterality"], content[2][1]["laterality"] = "R", None
     content[1][1]["label_cancer"], content[3][1]["label_cancer"] = 1, None
