@@ -18,7 +18,7 @@ from mammodino_jax.errors import UserError, run_command, suggest
 from mammodino_jax.evaluate.metrics import Scored, resample
 from mammodino_jax.evaluate.paired import delong, difference, holm, same_items
 from mammodino_jax.evaluate.scores import NAME, read_scores
-from mammodino_jax.evaluate.table import TITLES, estimate, grid, tested
+from mammodino_jax.evaluate.table import TITLES, estimate, grid, size, tested
 from mammodino_jax.page import page, paragraph, section, table
 
 LEVEL = 0.05
@@ -133,9 +133,13 @@ def find_reference(systems: dict[str, System], asked: str | None) -> str:
 
 
 def compare(runs: list[Run], probe: str, metric: str, asked: str | None) -> dict:
-    """The comparison as JSON: {benchmark, title, note, probe, metric, reference, level, draws, comparisons,
-    results, tasks, systems: [{system, reference: bool, remarks, tasks: {task: {value, low, high, seed_std,
-    and against the reference difference, difference_low, difference_high, p, p_holm, mark, delong}}}]}.
+    """The comparison, as JSON.
+
+    Returns:
+      {benchmark, title, note, probe, metric, reference, level, draws, comparisons, results, tasks, systems:
+      [{system, reference: bool, encoder, long_side, mm_per_px, remarks, tasks: {task: {value, low, high,
+      seed_std, and against the reference difference, difference_low, difference_high, p, p_holm, mark ("" or
+      BETTER or WORSE), delong}}}]}.
 
     Raises:
       UserError: runs that cannot be compared, or a probe, metric or reference that is not there.
@@ -154,7 +158,9 @@ def compare(runs: list[Run], probe: str, metric: str, asked: str | None) -> dict
     lines = []
     for name, system in systems.items():
         remarks = dict.fromkeys(r for row in system.rows.values() for r in row["remarks"])
-        lines.append({"system": name, "reference": name == reference, "remarks": list(remarks), "tasks": {}})
+        one = next(iter(system.rows.values()))
+        line = {"system": name, "reference": name == reference, "remarks": list(remarks), "tasks": {}}
+        lines.append(line | {key: one[key] for key in ("encoder", "long_side", "mm_per_px")})
     tests = []
     for task in asked_of:
         theirs = systems[reference].scores[task]
@@ -205,7 +211,8 @@ def legend(found: dict) -> str:
         f"{BETTER} better, {WORSE} worse than {found['reference']}: p < {found['level']} in a two-sided "
         f"paired bootstrap of patients ({found['draws']} draws), after Holm's correction over all "
         f"{found['comparisons']} comparisons of this table. No mark: no difference is shown, which does not "
-        "mean that there is none. -: the metric is not of this task."
+        "mean that there is none. An interval without width: every draw gave the same; other patients may "
+        "not. -: the metric is not of this task."
     )
 
 
@@ -222,8 +229,10 @@ def main_table(found: dict) -> tuple[list[str], list[list[str]]]:
     rows = []
     for line in found["systems"]:
         name = f"{line['system']} (reference)" if line["reference"] else line["system"]
-        rows.append([name, *(cell(line["tasks"].get(n)) for n in names), "; ".join(line["remarks"])])
-    return ["system", *names, ""], rows
+        rows.append(
+            [name, size(line), *(cell(line["tasks"].get(n)) for n in names), "; ".join(line["remarks"])]
+        )
+    return ["system", "input", *names, ""], rows
 
 
 def differences(found: dict, task: str) -> tuple[list[str], list[list[str]]]:

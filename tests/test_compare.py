@@ -51,6 +51,7 @@ def write(tmp_path):
                     metrics = summarise(said, 1000, 0)
                     spec = None if name in BASELINES else f"hub:{name}.pth"
                     row = {"features": name, "encoder": spec, "probe": probe, "metrics": metrics}
+                    row |= {"long_side": 518 if strength else None, "mm_per_px": 0.25}
                     row |= {"remarks": ["layout tested"] if "DINO" in name else [], "not_computed": 0}
                     rows.append(row)
             facts = {
@@ -109,7 +110,10 @@ def test_two_results_make_one_table_with_marks(run, write, capsys):
     assert text in capsys.readouterr().out
     assert "| DINOv2 S (reference) |" in text
     value = found["systems"][3]["tasks"]["cancer"]
-    assert f"| ours | {value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}] ↑ |" in text
+    assert (
+        f"| ours | 518 px, 0.25 mm/px | {value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}] ↑ |"
+        in text
+    )
     assert "Holm's correction over all 10 comparisons" in text
     assert "| layout tested |" in text
 

@@ -6,7 +6,8 @@ from mammodino_jax.evaluate.metrics import METRICS
 
 LEGEND = (
     "Transductive: pretraining saw test patients. Not computed: a training or test part lacks a class. "
-    "No interval: most draws of patients lack one. -: of two classes only."
+    "No interval: most draws of patients lack one. An interval without width: every draw gave the same, as "
+    "at an AUC of 1; other patients may not. -: of two classes only."
 )
 TITLES = {
     "auc": "AUC",
@@ -64,9 +65,14 @@ def estimate(metric: dict) -> str:
     return f"{metric['value']:.3f}{interval}"
 
 
+def size(row: dict) -> str:
+    """The input of a row's features."""
+    spacing = f", {row['mm_per_px']:.2f} mm/px" if row["mm_per_px"] else ""
+    return f"{row['long_side']} px{spacing}" if row["long_side"] else "-"
+
+
 def cells(row: dict) -> list[str]:
     """A row of results as text, under `HEAD`."""
-    spacing = f", {row['mm_per_px']:.2f} mm/px" if row["mm_per_px"] else ""
     metrics, remarks = row["metrics"], list(row["remarks"])
     auc = metrics["auc"]
     if auc["value"] is not None and auc["low"] is None:
@@ -77,7 +83,7 @@ def cells(row: dict) -> list[str]:
     return [
         row["features"],
         row["probe"] if row["probe"] != "none" else "-",
-        f"{row['long_side']} px{spacing}" if row["long_side"] else "-",
+        size(row),
         estimate(auc) + seeds,
         *(_value(metrics[name]) if name in metrics else "-" for name in BESIDE),
         "; ".join(remarks),
