@@ -74,6 +74,7 @@ def get_config(arg=None):
             depth=12,
             heads=12,
             mlp_ratio=4.0,
+            ffn="mlp",
             patch_size=c.crops.get_ref("patch"),
             image_size=c.crops.get_ref("global_size"),
             channels=3,  # as DINOv2 weights expect; grey is repeated on the device

@@ -21,6 +21,7 @@ ARCHITECTURES = {
     "vits14": ViTConfig(dim=384, depth=12, heads=6),
     "vitb14": ViTConfig(),
     "vitl14": ViTConfig(dim=1024, depth=24, heads=16),
+    "vitg14": ViTConfig(dim=1536, depth=40, heads=24, ffn="swiglu"),
 }
 FOREIGN = ("hub", "timm", "hf", "dbt-dino")  # kinds of names in weight files of others
 

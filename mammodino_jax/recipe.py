@@ -134,6 +134,8 @@ def _check(r: Recipe) -> None:
         )
     if r.model.channels not in (1, 3):
         raise UserError(f"config.model.channels is {r.model.channels}, expected 1 or 3")
+    if r.model.ffn not in ("mlp", "swiglu"):
+        raise UserError(f"config.model.ffn is {r.model.ffn!r}, expected mlp or swiglu")
     if r.model.dim % r.model.heads:
         raise UserError(
             f"config.model.dim {r.model.dim} is not a multiple of config.model.heads {r.model.heads}"

@@ -21,6 +21,8 @@ _RENAMES = [  # hub name, Hugging Face name; {} is the block number
     ("blocks.{}.norm2.", "encoder.layer.{}.norm2."),
     ("blocks.{}.mlp.fc1.", "encoder.layer.{}.mlp.fc1."),
     ("blocks.{}.mlp.fc2.", "encoder.layer.{}.mlp.fc2."),
+    ("blocks.{}.mlp.w12.", "encoder.layer.{}.mlp.weights_in."),
+    ("blocks.{}.mlp.w3.", "encoder.layer.{}.mlp.weights_out."),
     ("blocks.{}.ls2.gamma", "encoder.layer.{}.layer_scale2.lambda1"),
     ("norm.", "layernorm."),
 ]
@@ -78,7 +80,7 @@ def config_json(vit: ViTConfig) -> dict:
         "num_channels": vit.channels,
         "qkv_bias": True,
         "layerscale_value": 1.0,
-        "use_swiglu_ffn": False,
+        "use_swiglu_ffn": vit.ffn == "swiglu",
         "torch_dtype": "float32",
     }
     return config | ({"num_register_tokens": vit.registers} if vit.registers else {})

@@ -82,7 +82,7 @@ def merge(fresh: dict, loaded: dict) -> dict:
 def _fit(source: Encoder, spec: str, vit: ViTConfig, mean, std) -> dict:
     """A backbone's parameters in the recipe's shapes, without register_tokens where they start fresh."""
     here, hub = source.vit, to_hub(source.params)
-    fields = ("dim", "depth", "heads", "mlp_ratio", "patch_size")
+    fields = ("dim", "depth", "heads", "mlp_ratio", "ffn", "patch_size")
     wrong = [f"--config.model.{f}={getattr(here, f)}" for f in fields if getattr(here, f) != getattr(vit, f)]
     if here.channels < vit.channels:
         wrong.append(f"--config.model.channels={here.channels}")

@@ -23,6 +23,7 @@ class ViTConfig:
     depth: int = 12
     heads: int = 12
     mlp_ratio: float = 4.0
+    ffn: str = "mlp"  # mlp | swiglu: DINOv2's ViT-g
     patch_size: int = 14
     image_size: int = 518  # side in pixels of the images that size pos_embed
     channels: int = 3
@@ -140,6 +141,19 @@ class Mlp(nnx.Module):
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
 
 
+class SwiGLU(nnx.Module):
+    """DINOv2's SwiGLUFFNFused: two thirds of the MLP's width, rounded up to a multiple of 8."""
+
+    def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
+        hidden = (int(int(c.dim * c.mlp_ratio) * 2 / 3) + 7) // 8 * 8
+        self.w12 = nnx.Linear(c.dim, 2 * hidden, kernel_init=normal_02, dtype=c.dtype, rngs=rngs)
+        self.w3 = nnx.Linear(hidden, c.dim, kernel_init=normal_02, dtype=c.dtype, rngs=rngs)
+
+    def __call__(self, x):
+        gate, up = jnp.split(self.w12(x), 2, axis=-1)
+        return self.w3(jax.nn.silu(gate) * up)
+
+
 class LayerScale(nnx.Module):
     def __init__(self, c: ViTConfig):
         self.gamma = nnx.Param(
@@ -175,7 +189,7 @@ class Block(nnx.Module):
         self.attn = Attention(c, rngs)
         self.ls1 = LayerScale(c)
         self.norm2 = layer_norm(c.dim, c.dtype, rngs)
-        self.mlp = Mlp(c, rngs)
+        self.mlp = {"mlp": Mlp, "swiglu": SwiGLU}[c.ffn](c, rngs)
         self.ls2 = LayerScale(c)
 
     def __call__(self, x_BTD, key=None, group: int = 0, real_BT=None):
