@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from mammodino_jax.augment import IMAGENET_MEAN, IMAGENET_STD
 from mammodino_jax.convert.hf import from_hf
 from mammodino_jax.convert.hub import from_hub, hub_shapes
+from mammodino_jax.convert.timm import from_timm
 from mammodino_jax.encoder import FOREIGN, Encoder
 from mammodino_jax.errors import UserError
 from mammodino_jax.model.vit import ViTConfig
@@ -50,11 +51,13 @@ def read(spec: str) -> Encoder:
             raise UserError(f"{path} has DINOv2's own names, not Hugging Face's: give hub:{path}")
         hub = from_hf(hub)
     if kind == "timm":
-        hub = _from_timm(hub)
+        hub = from_timm(hub)
     if "mask_token" not in hub and "cls_token" in hub:
         logging.info("%s has no mask_token (hub's own files have): zeros, as at DINOv2's start", path)
         hub["mask_token"] = np.zeros((1, hub["cls_token"].shape[-1]), np.float32)
     vit = _infer(path, kind, hub)
+    if not vit.registers:
+        hub.pop("register_tokens", None)
     check(path, hub, hub_shapes(vit))
     return Encoder(name, vit, from_hub(hub), mean[: vit.channels], std[: vit.channels])
 
@@ -115,15 +118,6 @@ def split(named: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
     return parts
 
 
-def _from_timm(timm: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Hub names; timm adds the position of the class token to it where there are registers."""
-    hub = {"register_tokens" if name == "reg_token" else name: a for name, a in timm.items()}
-    pos = hub.get("pos_embed")
-    if pos is not None and math.isqrt(pos.shape[1]) ** 2 == pos.shape[1]:
-        hub["pos_embed"] = np.concatenate([np.zeros_like(pos[:, :1]), pos], axis=1)
-    return hub
-
-
 def _infer(path: Path, kind: str, hub: dict[str, np.ndarray]) -> ViTConfig:
     """The shape that the backbone's own tensors say it has."""
     ndims = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
@@ -144,7 +138,7 @@ def _infer(path: Path, kind: str, hub: dict[str, np.ndarray]) -> ViTConfig:
             f"{path}: cls_token is {cls}, pos_embed {pos}; expected heads of 64 and 1 + side^2 positions"
         )
     registers = hub["register_tokens"].size // dim if "register_tokens" in hub else 0
-    legacy = not registers and kind != "timm"
+    legacy = "register_tokens" not in hub and kind != "timm"  # hf: 0 of them say "antialias"
     return ViTConfig(
         dim=dim,
         depth=1 + max(int(n.split(".")[1]) for n in hub if re.match(r"blocks\.\d+\.", n)),
