@@ -323,33 +323,37 @@ def test_hugging_faces_image_processor_gives_our_input(tmp_path):
         np.testing.assert_allclose(got, normalised_nchw(encoder, x), atol=1e-6)
 
 
-def run_example(encoder: Encoder, form: str, work: Path, python=sys.executable, suffix=".png") -> float:
-    """The example beside exported weights on a record as `embed --save-images` writes it.
+# Runs a script as where torchvision is not installed: an import of it that fails would hide transformers' models.
+BARE = "import runpy, sys; sys.modules['torchvision'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0])"
+
+
+def run_example(
+    encoder: Encoder, form: str, work: Path, record, python=(sys.executable, "-c", BARE)
+) -> float:
+    """The example beside exported weights, on a record fitted to the encoder's long side, against our features.
+
+    Args:
+      record: u8 [H, W].
+      python: the command that the script follows; with Pillow the record is read from a PNG, else from .npy.
 
     Returns:
-      The largest difference from our features and the mean of its tissue patches.
+      The largest difference from our features and from the mean of their tissue patches.
     """
     folder.export(encoder, form, work / form, "test")
     patch, side = encoder.patch_size, encoder.long_side
-    record = breast(120, 83, seed=1)
-    width = -(-round(record.shape[1] * side / record.shape[0]) // patch) * patch
-    image, _ = letterbox(record, side, width, patch)
-    _, tissue = letterbox(image, side, width, patch)  # of the pixels that the example sees
-    file = work / f"record{suffix}"
-    if suffix == ".png":
+    width = round(record.shape[1] * side / record.shape[0])
+    image, _ = letterbox(record, side, -(-width // patch) * patch, patch)
+    _, tissue = letterbox(image, *image.shape, patch)  # of the pixels that the example sees
+    if len(python) > 1:
         from PIL import Image
 
-        Image.fromarray(image).save(file)
+        Image.fromarray(image).save(file := work / "record.png")
     else:
-        np.save(file, image)
-    # as where torchvision is not installed: an import of it that fails would hide the models of transformers
-    bare = (
-        "import runpy, sys; sys.modules['torchvision'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0])"
-    )
-    command = [python, "-c", bare, work / form / "example.py", file, work / "features.npz"]
+        np.save(file := work / "record.npy", image)
+    command = [*python, work / form / "example.py", file, work / "features.npz"]
     quiet = {"PATH": os.environ["PATH"], "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(command, check=True, env=quiet, cwd=work, capture_output=True, timeout=300)
-    got, ours = np.load(work / "features.npz"), encoder(image[None], [[side, round(83 * side / 120)]])
+    got, ours = np.load(work / "features.npz"), encoder(image[None], [[side, width]])
     weight = tissue.astype(np.float32).flatten() / tissue.sum(dtype=np.float32)
     errors = [got["cls"] - ours["cls"][0], got["patches"] - ours["patches"][0]]
     return max(float(np.abs(e).max()) for e in [*errors, got["tissue_mean"] - weight @ ours["patches"][0]])
@@ -359,14 +363,15 @@ def run_example(encoder: Encoder, form: str, work: Path, python=sys.executable, 
 @pytest.mark.parametrize("vit", [VIT, REGISTERS, SWIGLU, LEGACY], ids=["plain", "reg", "swiglu", "legacy"])
 def test_hub_example_gives_our_features(tmp_path, vit):
     pytest.importorskip("torch", reason="the example is PyTorch")
-    assert run_example(random_encoder(vit), "hub", tmp_path) <= 1e-3
+    assert run_example(random_encoder(vit), "hub", tmp_path, breast(120, 83, seed=1)) <= 1e-3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("vit", [VIT, REGISTERS], ids=["plain", "registers"])
 def test_hugging_face_example_gives_our_features(tmp_path, vit):
     pytest.importorskip("transformers", reason="the example needs it")
-    assert run_example(with_channels(random_encoder(vit), 1), "hf", tmp_path) <= 1e-3
+    encoder = with_channels(random_encoder(vit), 1)
+    assert run_example(encoder, "hf", tmp_path, breast(120, 83, seed=1)) <= 1e-3
 
 
 def test_bad_folders_are_named(tmp_path):
