@@ -23,7 +23,7 @@ ARCHITECTURES = {
     "vitl14": ViTConfig(dim=1024, depth=24, heads=16),
     "vitg14": ViTConfig(dim=1536, depth=40, heads=24, ffn="swiglu"),
 }
-FOREIGN = ("hub", "timm", "hf", "dbt-dino")  # kinds of names in weight files of others
+FOREIGN = ("hub", "timm", "hf", "dbt-dino", "biomedclip", "mammoclip")  # kinds of weight files of others
 
 
 SCALE = 2  # whole images at twice the side of the training crops: near the mm per pixel of those crops
@@ -112,8 +112,9 @@ def load_encoder(spec: str) -> Encoder:
 
     Args:
       spec: a training workdir (the teacher of its newest checkpoint), a folder that mammodino_jax.export
-        wrote, foreign weights (`hub:FILE`, `timm:FILE`, `hf:DIR`, `dbt-dino:FILE`, see
-        convert.foreign.read), or `random:ARCH` (nano, vits14, vitb14, vitl14) for untrained weights.
+        wrote, foreign weights (`hub:FILE`, `timm:FILE`, `hf:DIR`, `dbt-dino:FILE`, `biomedclip:DIR`,
+        `mammoclip:FILE`, see convert.foreign.read), or `random:ARCH` (nano, vits14, vitb14, vitl14, vitg14)
+        for untrained weights.
 
     Raises:
       UserError: nothing loadable there.
@@ -135,7 +136,9 @@ def load_encoder(spec: str) -> Encoder:
     folder = Path(spec)
     if not folder.is_dir():
         kinds = ", ".join(f"{kind}:FILE" for kind in FOREIGN)
-        raise UserError(f"encoder {spec!r} is neither a folder nor random:ARCH, {kinds} or hf:DIR")
+        raise UserError(
+            f"encoder {spec!r} is neither a folder nor random:ARCH, {kinds} (hf, biomedclip: or DIR)"
+        )
     if (folder / "checkpoints").is_dir():
         return _from_workdir(folder)
     if any((folder / name).is_file() for name in ("mammodino.json", "model.safetensors")):

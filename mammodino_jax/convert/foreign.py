@@ -1,4 +1,4 @@
-"""Weight files of others, read as they are: DINOv2 backbones in four kinds of names, and DINO heads.
+"""Weight files of others, read as they are: vision transformers in five kinds of names, and DINO heads.
 
 Everything is renamed to hub names first; shapes are then checked in one place, in PyTorch's layout.
 """
@@ -21,37 +21,64 @@ from mammodino_jax.encoder import FOREIGN, Encoder
 from mammodino_jax.errors import UserError
 from mammodino_jax.model.vit import ViTConfig
 
-_SWIGLU = "; backbones with SwiGLU (ViT-g) do not load"
+STATISTICS = {  # mean and std where no file beside the weights has them; others: ImageNet's
+    "dbt-dino": ((0.0,) * 3, (1.0,) * 3),  # QTIM-Lab/DBT-DINO's extract_embeddings.py feeds [0, 1]
+    "biomedclip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),  # CLIP's
+}
+RAD_DINO = (0.5307,), (0.2583,)  # statistics of chest radiographs
+FOLDERS = {  # what describes the weights in a folder, and files that may hold them
+    "hf": ("preprocessor_config.json", "model.safetensors", "pytorch_model.bin"),
+    "biomedclip": ("open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+}
+TRUNK = "visual.trunk."  # of the image tower in open_clip's names
+NOT_PIXELS = ("burned_in",)  # fields of presets that decide which files are taken, not what they become
 
 
 def read(spec: str) -> Encoder:
-    """A foreign backbone as a frozen encoder; its shape is inferred from the weights.
+    """A foreign image encoder, frozen; its shape is inferred from the weights.
+
+    Features are those after the final norm, so for BiomedCLIP those before the projection to its texts.
 
     Args:
-      spec: one of FOREIGN, a colon and a file; for `hf` a folder too; its preprocessor_config.json, where
-        there is one, gives the input statistics. Everything else has ImageNet's.
+      spec: one of FOREIGN, a colon and a file; for `hf` and `biomedclip` a folder, too. Its
+        preprocessor_config.json or open_clip_config.json, where there is one, gives the input statistics.
 
     Raises:
-      UserError: nothing readable there, or not a DINOv2 backbone in the names that the kind promises.
+      UserError: nothing readable there, or no encoder in the names that the kind promises.
     """
     kind, _, given = spec.partition(":")
-    path, mean, std = Path(given), IMAGENET_MEAN, IMAGENET_STD
+    path = Path(given)
+    if kind == "mammoclip":
+        from mammodino_jax.convert import mammoclip
+
+        return mammoclip.read(path)
     name = path.resolve().name if path.is_dir() else path.stem
-    if kind == "hf":
-        described = (path if path.is_dir() else path.parent) / "preprocessor_config.json"
-        if described.is_file():
-            about = json.loads(described.read_text())
-            mean, std = tuple(about.get("image_mean") or mean), tuple(about.get("image_std") or std)
+    mean, std = STATISTICS.get(kind, (IMAGENET_MEAN, IMAGENET_STD))
+    if kind in FOLDERS:
+        described, *files = FOLDERS[kind]
+        mean, std = _statistics((path if path.is_dir() else path.parent) / described, mean, std)
         if path.is_dir():
-            files = [path / f for f in ("model.safetensors", "pytorch_model.bin")]
-            path = next((f for f in files if f.is_file()), files[0])
-    hub = split(tensors(path))["backbone"]
+            path = next((path / f for f in files if (path / f).is_file()), path / files[0])
+    named = tensors(path)
+    if kind == "biomedclip":
+        if not any(n.startswith(TRUNK) for n in named):
+            raise UserError(
+                f"{path}: no {TRUNK}* in there, expected BiomedCLIP's files or others of open_clip with a "
+                f"timm ViT; first names there: {', '.join(list(named)[:3])}"
+            )
+        named = {n.removeprefix(TRUNK): a for n, a in named.items() if n.startswith(TRUNK)}
+    hub = split(named)["backbone"]
     if kind == "hf":
         if "patch_embed.proj.weight" in hub:  # would pass, with another way of resampling positions
             raise UserError(f"{path} has DINOv2's own names, not Hugging Face's: give hub:{path}")
         hub = from_hf(hub)
-    if kind == "timm":
+    if kind in ("timm", "biomedclip"):
         hub = from_timm(hub)
+    if kind == "biomedclip" and "cls_token" in hub:  # it has no LayerScale: ours is one, exactly
+        blocks = {n.split(".")[1] for n in hub if n.startswith("blocks.")}
+        hub |= {
+            f"blocks.{i}.ls{k}.gamma": np.ones(hub["cls_token"].shape[-1]) for i in blocks for k in (1, 2)
+        }
     if "mask_token" not in hub and "cls_token" in hub:
         logging.info("%s has no mask_token (hub's own files have): zeros, as at DINOv2's start", path)
         hub["mask_token"] = np.zeros((1, hub["cls_token"].shape[-1]), np.float32)
@@ -59,11 +86,44 @@ def read(spec: str) -> Encoder:
     if not vit.registers:
         hub.pop("register_tokens", None)
     check(path, hub, hub_shapes(vit))
-    return Encoder(name, vit, from_hub(hub), mean[: vit.channels], std[: vit.channels])
+    rad = np.allclose((mean[0], std[0]), np.ravel(RAD_DINO), atol=1e-4) or "rad-dino" in name.lower()
+    preset = "dbt-dino" if kind == "dbt-dino" else "rad-dino" if kind == "hf" and rad else ""
+    made, side = made_for(preset), vit.image_size if preset or kind == "biomedclip" else 0
+    mean, std = mean[: vit.channels], std[: vit.channels]
+    return Encoder(name, vit, from_hub(hub), mean, std, kind=kind, made_for=made, side=side)
+
+
+def made_for(preset: str) -> dict:
+    """The fields of data_prep.settings.Settings that decide the pixels of a preset; "": {}, any."""
+    from data_prep.settings import PRESETS
+
+    if not preset:
+        return {}
+    return {"preset": preset} | {k: v for k, v in PRESETS[preset].items() if k not in NOT_PIXELS}
+
+
+def _statistics(path: Path, mean: tuple, std: tuple) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Those of preprocessor_config.json or open_clip_config.json; the given ones where it has none."""
+    if not path.is_file():
+        logging.info("no %s: taking mean %s, std %s", path, mean, std)
+        return mean, std
+    try:
+        about = json.loads(path.read_text())
+        about = (
+            {f"image_{k}": v for k, v in about["preprocess_cfg"].items()}
+            if "preprocess_cfg" in about
+            else about
+        )
+        mean, std = about.get("image_mean") or mean, about.get("image_std") or std
+        return tuple(map(float, np.broadcast_to(mean, 3))), tuple(map(float, np.broadcast_to(std, 3)))
+    except (ValueError, AttributeError, TypeError) as error:  # JSON's error is a ValueError
+        raise UserError(f"{path} does not give the mean and std of three channels: {error}") from None
 
 
 def tensors(path: Path) -> dict[str, np.ndarray]:
     """All tensors of a safetensors or PyTorch file (of a training checkpoint the teacher's), float32, finite.
+
+    A PyTorch file is read with weights_only: code in it does not run.
 
     Raises:
       UserError: unreadable, PyTorch is needed and not there, or a value is not finite.
@@ -74,30 +134,45 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
         try:
             found = load_file(path)
         except (SafetensorError, KeyError) as error:  # KeyError: a dtype that numpy has no name for
-            raise UserError(f"{path} is no readable safetensors file: {error}") from None
+            raise UserError(f"{path} is no readable safetensors file (cut off?): {error}") from None
     else:
-        try:
-            import torch
-        except ImportError:
-            raise UserError(
-                f"{path} needs PyTorch to be read: pip install torch, or save its state dict with "
-                "safetensors.torch.save_file where PyTorch is, and give that file"
-            ) from None
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch has no common error for what a damaged or unsafe file does
-            raise UserError(f"{path} is not readable as PyTorch weights: {error}") from None
-        for key in ("teacher", "model", "state_dict"):
-            if isinstance(found, dict) and isinstance(found.get(key), dict):
-                found = found[key]
-        if not isinstance(found, dict) or not all(isinstance(a, torch.Tensor) for a in found.values()):
-            raise UserError(f"{path} holds no state dict (names to tensors), nor one under 'teacher'")
-        found = {name: a.detach().float().numpy() for name, a in found.items()}
+        found = _torch_tensors(path)
     found = {name: np.asarray(a, np.float32) for name, a in found.items()}
     for name, a in found.items():
         if not np.isfinite(a).all():
             raise UserError(f"{path}: {name} holds NaN or infinity: damaged, or its training diverged")
     return found
+
+
+def _torch_tensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{path} needs PyTorch to be read: pip install torch, or save its state dict with "
+            "safetensors.torch.save_file where PyTorch is, and give that file"
+        ) from None
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch has no common error for what a damaged or unsafe file does
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if code:  # torch's own text advises to run it
+            raise UserError(
+                f"{path} holds more than tensors: {code[1]}, which may run any code and was not loaded. If "
+                "you trust its authors, load it in their environment, save its state dict (mostly under "
+                "'model' or 'teacher') with safetensors.torch.save_file, and give that file"
+            ) from None
+        reason = f"{type(error).__name__} {error}".strip().splitlines()[0][:80]
+        raise UserError(
+            f"{path} is not readable as PyTorch weights ({reason}): cut off, or of another format? Get it "
+            "again, or give a safetensors file"
+        ) from None
+    for key in ("teacher", "model", "state_dict"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict) or not all(isinstance(a, torch.Tensor) for a in found.values()):
+        raise UserError(f"{path} holds no state dict (names to tensors), nor one under 'teacher' or 'model'")
+    return {name: a.detach().float().numpy() for name, a in found.items()}
 
 
 def split(named: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
@@ -120,30 +195,31 @@ def split(named: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
 
 def _infer(path: Path, kind: str, hub: dict[str, np.ndarray]) -> ViTConfig:
     """The shape that the backbone's own tensors say it has."""
+    gated = "blocks.0.mlp.w12.weight" in hub
     ndims = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
-    ndims |= {"blocks.0.mlp.fc1.weight": 2, "blocks.0.mlp.fc2.weight": 2}
+    ndims |= {f"blocks.0.mlp.{'w3' if gated else 'fc2'}.weight": 2}
     for name, ndim in ndims.items():
         shape = hub[name].shape if name in hub else "missing"
         if shape == "missing" or len(shape) != ndim:
             raise UserError(
-                f"{path}: {name} is {shape}, expected {ndim} dimensions in a DINOv2 backbone of {kind} names "
-                f"(others: {', '.join(FOREIGN)}); first names there: {', '.join(list(hub)[:3])}{_SWIGLU}"
+                f"{path}: {name} is {shape}, expected {ndim} dimensions in a ViT of {kind} names (others: "
+                f"{', '.join(FOREIGN)}); first names there: {', '.join(list(hub)[:3])}"
             )
-    cls, pos, patch, fc1, fc2 = (hub[name].shape for name in ndims)
-    if fc1 != fc2[::-1]:
-        raise UserError(f"{path}: blocks.0.mlp.fc1.weight is {fc1}, fc2 {fc2}{_SWIGLU}")
+    cls, pos, patch, ffn = (hub[name].shape for name in ndims)
     dim, grid = cls[2], math.isqrt(pos[1] - 1)
     if dim % 64 or grid**2 != pos[1] - 1:
         raise UserError(
             f"{path}: cls_token is {cls}, pos_embed {pos}; expected heads of 64 and 1 + side^2 positions"
         )
     registers = hub["register_tokens"].size // dim if "register_tokens" in hub else 0
-    legacy = "register_tokens" not in hub and kind != "timm"  # hf: 0 of them say "antialias"
+    # hf: where they are, be they 0, positions are antialiased
+    legacy = "register_tokens" not in hub and kind not in ("timm", "biomedclip")
     return ViTConfig(
         dim=dim,
         depth=1 + max(int(n.split(".")[1]) for n in hub if re.match(r"blocks\.\d+\.", n)),
         heads=dim // 64,
-        mlp_ratio=fc1[0] / dim,
+        mlp_ratio=round(1.5 * ffn[1] / dim) if gated else ffn[1] / dim,
+        ffn="swiglu" if gated else "mlp",
         patch_size=patch[-1],
         image_size=grid * patch[-1],
         channels=patch[1],

@@ -44,7 +44,10 @@ def load_pretrained(
     Raises:
       UserError: unreadable weights, or weights that do not fit the recipe.
     """
-    params = {"backbone": _fit(load_encoder(spec), spec, vit, mean, std)}
+    source = load_encoder(spec)
+    if source.vit is None:
+        raise UserError(f"{spec} is not a ViT: pretraining starts from a ViT's weights only")
+    params = {"backbone": _fit(source, spec, vit, mean, std)}
     found = split(tensors(Path(heads))) if heads else read_heads(spec)
     if heads and "dino_head" not in found:
         raise UserError(f"{heads} has no DINO head (dino_head.mlp.0.weight and so on)")
@@ -152,7 +155,7 @@ def refit_input(kernel: np.ndarray, bias: np.ndarray, source: tuple, target: tup
 
 def with_channels(encoder: Encoder, channels: int) -> Encoder:
     """The same features from 1 channel (3 folded; the first's statistics) or 3 (ImageNet's statistics)."""
-    if encoder.vit.channels == channels:
+    if encoder.vit is None or encoder.vit.channels == channels:  # None: export says so
         return encoder
     mean, std = (encoder.mean[:1], encoder.std[:1]) if channels == 1 else (IMAGENET_MEAN, IMAGENET_STD)
     hub, leaves = to_hub(encoder.params), ("patch_embed.proj.weight", "patch_embed.proj.bias")

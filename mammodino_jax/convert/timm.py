@@ -1,14 +1,12 @@
 """Hub names <-> names of timm's vit_*_patch14_[reg4_]dinov2, and the config.json that timm builds from."""
 
 import math
-import re
 
 import numpy as np
 
 from mammodino_jax.model.vit import ViTConfig
 
 _SIZES = {768: "base", 1024: "large"}  # small otherwise: every figure that differs is an argument
-_SWIGLU = {"mlp.w12.": "mlp.fc1.", "mlp.w3.": "mlp.fc2."}  # of ViT-g
 
 
 def to_timm(hub: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -16,7 +14,7 @@ def to_timm(hub: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
     timm has no mask_token and, where there are registers, no position of the class token: it is added to it.
     """
-    timm = {re.sub(r"mlp\.w\d+\.", lambda m: _SWIGLU[m[0]], name): a for name, a in hub.items()}
+    timm = {n.replace("mlp.w12.", "mlp.fc1.").replace("mlp.w3.", "mlp.fc2."): a for n, a in hub.items()}
     del timm["mask_token"]
     if "register_tokens" in timm:
         timm["reg_token"] = timm.pop("register_tokens")
@@ -27,13 +25,10 @@ def to_timm(hub: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def from_timm(timm: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Hub names; of class token and its position only the sum is known where there are registers."""
-    fc1, fc2 = (timm.get(f"blocks.0.mlp.{name}.weight", np.empty((0, 0))) for name in ("fc1", "fc2"))
-    swiglu = fc1.ndim == fc2.ndim == 2 and fc1.size and fc1.shape[0] == 2 * fc2.shape[1]
-    hub = {}
-    for name, a in timm.items():
-        for hubs, timms in _SWIGLU.items() if swiglu else ():
-            name = name.replace(timms, hubs)
-        hub["register_tokens" if name == "reg_token" else name] = a
+    hub = {"register_tokens" if name == "reg_token" else name: a for name, a in timm.items()}
+    fc1, fc2 = (timm.get(f"blocks.0.mlp.fc{i}.weight", np.empty((0, 0))) for i in (1, 2))
+    if len(fc1) == 2 * fc2.shape[-1]:  # SwiGLUPacked
+        hub = {n.replace("mlp.fc1.", "mlp.w12.").replace("mlp.fc2.", "mlp.w3."): a for n, a in hub.items()}
     pos = hub.get("pos_embed")
     if pos is not None and math.isqrt(pos.shape[1]) ** 2 == pos.shape[1]:
         hub["pos_embed"] = np.concatenate([np.zeros_like(pos[:, :1]), pos], axis=1)
