@@ -165,10 +165,8 @@ def test_hub_state_dict_gives_our_features_in_plain_pytorch(tmp_path):
     np.testing.assert_allclose(encoder(x)["patches"], out[:, 1:], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("form", folder.FORMATS)
+@pytest.mark.parametrize("form", ["hub", "timm", "hf", "safetensors", "orbax"])
 def test_exported_folder_loads_back_bit_exact(tmp_path, form):
-    if form == "onnx":
-        pytest.importorskip("onnxruntime", reason="ONNX export checks itself in onnxruntime")
     about = dict(made_for={"box": "tissue", "mm_per_px": None}, side=140, provenance={"pixels": ["aa"]})
     encoder = dataclasses.replace(random_encoder(REGISTERS), **about)
     folder.export(encoder, form, tmp_path / form, "test")
@@ -242,6 +240,7 @@ def test_onnx_gives_our_features(tmp_path, capsys):
     for x in (images(98, 70), images(98, 70)[:1]):
         cls, patches = session.run(None, {"pixel_values": normalised_nchw(encoder, x).numpy()})
         close(encoder(x), np.concatenate([cls[:, None], patches], axis=1))
+    same(load_encoder(str(tmp_path / "o")), encoder)
 
 
 def test_onnx_that_fails_leaves_nothing(tmp_path, monkeypatch):
@@ -367,10 +366,9 @@ def test_hub_example_gives_our_features(tmp_path, vit):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("vit", [VIT, REGISTERS], ids=["plain", "registers"])
-def test_hugging_face_example_gives_our_features(tmp_path, vit):
+def test_hugging_face_example_gives_our_features(tmp_path):
     pytest.importorskip("transformers", reason="the example needs it")
-    encoder = with_channels(random_encoder(vit), 1)
+    encoder = with_channels(random_encoder(VIT), 1)
     assert run_example(encoder, "hf", tmp_path, breast(120, 83, seed=1)) <= 1e-3
 
 
@@ -380,8 +378,9 @@ def test_bad_folders_are_named(tmp_path):
     with pytest.raises(UserError, match=r'Did you mean "vitb14"\?'):
         load_encoder("random:vitb16")
     encoder = random_encoder(VIT)
-    with pytest.raises(UserError, match="is no vision transformer"):
-        folder.export(dataclasses.replace(encoder, vit=None), "hub", tmp_path / "hub", "test")
+    with pytest.raises(UserError, match="is no vision transformer"):  # Mammo-CLIP
+        other = with_channels(dataclasses.replace(encoder, vit=None), 1)
+        folder.export(other, "hub", tmp_path / "hub", "test")
     for form in ("hub", "safetensors", "orbax"):
         out = tmp_path / form
         folder.export(encoder, form, out, "test")

@@ -195,8 +195,8 @@ def _card(encoder: Encoder, form: str, name: str, version: str, seen: dict, head
         origin=origin,
         terms="; ".join(f"{k}: {v}" for k, v in seen.get("terms", {}).items()) or "none recorded",
         foreign="".join(f" Started from {name}, whose terms apply, too." for name in seen.get("foreign", [])),
-        usage=usage.format(**facts, channels=vit.channels) + _differing_positions(vit, form),
-        settings=f"The build that it was trained on: {', '.join(f'{k} {v}' for k, v in settings.items())}."
+        usage=usage.format(**facts, channels=vit.channels).rstrip() + _differing_positions(vit, form),
+        settings=f"The build that it was made for: {', '.join(f'{k} {v}' for k, v in settings.items())}."
         if settings
         else "The build that it was made for is not recorded.",
         long_side=encoder.long_side,
@@ -216,8 +216,8 @@ def _differing_positions(vit: ViTConfig, form: str) -> str:
         return ""
     how = "by little (DINOv2's offset of 0.1)" if ours[0] == theirs[0] else "(antialiasing)"
     return (
-        f"\nAt other sizes than {vit.image_size} px features differ from ours {how}: this library "
-        "resamples positions in its own way.\n"
+        f"\n\nAt other sizes than {vit.image_size} px features differ from ours {how}: this library "
+        "resamples positions in its own way."
     )
 
 
