@@ -283,3 +283,23 @@ class ViT(nnx.Module):
         out = self.norm(x)
         first = 1 + c.registers
         return {"cls": out[:, 0], "patches": out[:, first:]}
+
+
+def cls_attention(model: ViT, images, grids=None):
+    """Attention of the CLS token to the patches in the last block, f32 [B, H, N]; the rest to 1 goes to itself
+    and to the registers. Arguments as of ViT; `model` is of no other use afterwards."""
+    a, seen = model.blocks[-1].attn, []
+
+    class Watched(nnx.Module):
+        def __call__(self, x_BTD, real_BT=None):
+            B, T, D = x_BTD.shape
+            q, k, _ = jnp.unstack(a.qkv(x_BTD).reshape(B, T, 3, a.heads, D // a.heads), axis=2)
+            scores = jnp.einsum("bhd,bthd->bht", q[:, 0], k) / math.sqrt(D // a.heads)
+            if real_BT is not None:
+                scores = jnp.where(real_BT[:, None], scores, -jnp.inf)
+            seen.append(jax.nn.softmax(scores.astype(jnp.float32), axis=-1))
+            return a(x_BTD, real_BT)
+
+    model.blocks[-1].attn = Watched()
+    model(images, grids=grids)
+    return seen[0][:, :, 1 + model.c.registers :]
