@@ -149,6 +149,11 @@ def _torch_tensors(path: Path) -> dict[str, np.ndarray]:
             f"{path} needs PyTorch to be read: pip install torch, or save its state dict with "
             "safetensors.torch.save_file where PyTorch is, and give that file"
         ) from None
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        raise UserError(
+            f"PyTorch {torch.__version__} runs code in files made for it, weights_only or not "
+            f"(CVE-2025-32434), so it does not read {path}: pip install 'torch>=2.6'"
+        )
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has no common error for what a damaged or unsafe file does

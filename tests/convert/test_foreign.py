@@ -217,6 +217,13 @@ def test_objects_in_a_checkpoint_are_refused_by_name(tmp_path):
         load_encoder(f"mammoclip:{tmp_path / 'w.tar'}")
 
 
+def test_a_pytorch_that_runs_code_is_not_used(tmp_path, monkeypatch):
+    torch.save({}, tmp_path / "w.pth")
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    with pytest.raises(UserError, match=r"PyTorch 2\.5\.1\+cpu runs code.*torch>=2\.6"):
+        load_encoder(f"hub:{tmp_path / 'w.pth'}")
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
 def test_truncated_files_are_named(tmp_path, suffix, share):
