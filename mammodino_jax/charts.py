@@ -1,6 +1,7 @@
 """Charts of the reports, as SVG: training curves, probe scores with their intervals, distributions."""
 
 import io
+import itertools
 
 import matplotlib
 
@@ -11,6 +12,7 @@ import numpy as np
 INK, GREY, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 # Okabe and Ito's colours, told apart with any colour vision
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", "#a64d79", "#56b4e9"
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY)
 TERMS = {
     "dino_global": ("DINO-M global", BLUE),
     "dino_local": ("DINO-M local", SKY),
@@ -109,16 +111,16 @@ def probes(results: dict) -> bytes:
             ax.set_visible(False)
         for ax, task in zip(axes.ravel(), tasks, strict=False):
             for row in task["rows"]:
-                if row["auc"] is None:
+                auc = row["metrics"]["auc"]
+                if auc["value"] is None:
                     continue
                 y = names.index(row["features"]) + {"kNN": -0.16, "linear": 0.16}.get(row["probe"], 0)
                 colour = colours.get(row["features"], BLUE)
-                if row["low"] is not None:
-                    ax.plot(
-                        [row["low"], row["high"]], [y, y], color=colour, linewidth=2, solid_capstyle="round"
-                    )
+                if auc["low"] is not None:
+                    ends = [auc["low"], auc["high"]]
+                    ax.plot(ends, [y, y], color=colour, linewidth=2, solid_capstyle="round")
                 face = "white" if row["probe"] == "kNN" else colour
-                ax.plot(row["auc"], y, "o", color=colour, markerfacecolor=face, markersize=6)
+                ax.plot(auc["value"], y, "o", color=colour, markerfacecolor=face, markersize=6)
             ax.axvline(0.5, color=GREY, linewidth=1, linestyle="--")
             ax.set_yticks(range(len(names)), names, color=INK)
             ax.set_ylim(len(names) - 0.5, -0.5)
@@ -150,6 +152,62 @@ def boxes(panels: dict[str, dict[str, list[float]]]) -> bytes:
         return _svg(figure)
 
 
+def strokes(names, baselines) -> dict[str, dict]:
+    """How the line of each name is drawn: baselines grey and broken, encoders in colours."""
+    broken = itertools.cycle(("--", ":", "-.", (0, (1, 4)), (0, (8, 3)), (0, (6, 2, 1, 2, 1, 2))))
+    coloured = itertools.cycle(itertools.product(("-", "--"), (BLUE, ORANGE, GREEN, PURPLE, SKY)))
+    drawn = {}
+    for name in names:
+        style, colour = (next(broken), GREY) if name in baselines else next(coloured)
+        drawn[name] = {"color": colour, "linestyle": style, "linewidth": 1.4 if name in baselines else 1.9}
+    return drawn
+
+
+def _legend_below(figure, drawn: dict[str, dict]) -> None:
+    handles = [matplotlib.lines.Line2D([], [], **style) for style in drawn.values()]
+    columns = 1 if max(map(len, drawn)) > 34 else 2
+    place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+    figure.legend(handles, drawn, fontsize=8.5, handlelength=3, **place)
+
+
+def roc(lines: dict[str, np.ndarray], grid: np.ndarray, drawn: dict[str, dict]) -> bytes:
+    """ROC curves. A line is [3, len(grid)]: sensitivity, and its band (none for baselines), at false-positive
+    rates; `drawn` is from `strokes`."""
+    with plt.rc_context(STYLE):
+        figure, ax = plt.subplots(figsize=(5.2, 4.7 + 0.17 * len(lines)), layout="constrained")
+        ax.plot([0, 1], [0, 1], color=GRID, linewidth=1)
+        for name, (middle, low, high) in lines.items():
+            ax.plot([0, *grid], [0, *middle], **drawn[name])
+            if drawn[name]["color"] != GREY:
+                ax.fill_between(grid, low, high, color=drawn[name]["color"], alpha=0.12, linewidth=0)
+        ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+        ax.set(xlabel="false-positive rate (1 - specificity)", ylabel="sensitivity")
+        _legend_below(figure, {name: drawn[name] for name in lines})
+        return _svg(figure)
+
+
+def points(lines: dict[str, list], drawn: dict[str, dict], xlabel: str) -> bytes:
+    """AUC over x on a log axis. A line has points (x, AUC, low, high), the last two None without interval."""
+    with plt.rc_context(STYLE):
+        size = (5.2, 4.2 + 0.17 * len(lines))
+        figure, ax = plt.subplots(figsize=size, layout="constrained")
+        ticks = sorted({point[0] for line in lines.values() for point in line})
+        for place, (name, line) in enumerate(lines.items()):
+            x, y, low, high = np.array(sorted(line), float).T
+            x = x * (ticks[-1] / ticks[0]) ** (0.008 * (place - len(lines) / 2))  # bars beside each other
+            colour = drawn[name]["color"]
+            ax.vlines(x, low, high, color=colour, linewidth=1, alpha=0.6)
+            ax.plot(x, y, **drawn[name])
+            ax.plot(x, y, "o", color=colour, markersize=4)
+        ax.axhline(0.5, color=GREY, linewidth=1, linestyle="--")
+        ax.set_xscale("log")
+        ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+        ax.minorticks_off()
+        ax.set(xlabel=xlabel, ylabel="AUC")
+        _legend_below(figure, {name: drawn[name] for name in lines})
+        return _svg(figure)
+
+
 def curves(lines: dict[str, np.ndarray], x: np.ndarray, xlabel: str, mark: float) -> bytes:
     """Percentages over x. A curve is [n, len(x)]: median of its rows, and a band of 10 % to 90 %."""
     with plt.rc_context(STYLE):
@@ -163,4 +221,34 @@ def curves(lines: dict[str, np.ndarray], x: np.ndarray, xlabel: str, mark: float
         ax.set_xlabel(xlabel)
         ax.set_ylabel("%")
         ax.legend(frameon=False, fontsize=9)
+        return _svg(figure)
+
+
+def cross_slice(found: dict[str, dict]) -> bytes:
+    """Cosine of slices of one volume minus that of slices of volumes of other patients, over their offset:
+    a line a feature set of evaluate.shortcuts.cross_slice, with its 95 % interval.
+    """
+    with plt.rc_context(STYLE):
+        figure, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
+        for number, (name, of) in enumerate(found.items()):
+            offsets, values, low, high = np.array(
+                [
+                    (d, *(v[k] for k in ("value", "low", "high")))
+                    for d, v in zip(of["offsets"], of["difference"], strict=True)
+                ],
+                float,
+            ).T  # None becomes NaN: not drawn
+            colour, style = COLOURS[number % len(COLOURS)], ("-", "--", ":")[number // len(COLOURS) % 3]
+            ax.plot(
+                offsets, values, "o", linestyle=style, color=colour, linewidth=1.8, markersize=4, label=name
+            )
+            ax.fill_between(offsets, low, high, color=colour, alpha=0.15, linewidth=0)
+        first = next(iter(found.values()))
+        gap = f"; slices {first['gap_mm']:.3g} mm apart" if first["gap_mm"] else ""
+        ax.set_title(f"Cross-slice consistency ({first['volumes']} volumes{gap})")
+        ax.set_xticks(first["offsets"])
+        ax.set_xlabel("offset in slices")
+        ax.set_ylabel("cosine, within - across")
+        ax.axhline(0, color=GREY, linewidth=1, linestyle="--")
+        ax.legend(frameon=False, fontsize=9, bbox_to_anchor=(1, 1), loc="upper left")
         return _svg(figure)

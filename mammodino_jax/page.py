@@ -47,9 +47,13 @@ img { max-width: 100%; height: auto; display: block; border-radius: 6px; }
 table { border-collapse: collapse; width: 100%; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 5px 10px; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; }
-th:not(:last-child), td:not(:last-child) { white-space: nowrap; }
+th:not(:last-child), td:not(:last-child), td:not(.long) { white-space: nowrap; }
 td.long { min-width: 24ch; }
 tr.ours td { background: #eaf3fb; }
+.figures :is(th, td:first-child) { white-space: normal; vertical-align: bottom; }
+.figures td:first-child { min-width: 18ch; vertical-align: inherit; }
+.wide + p, .tiles + .tiles, details { margin-top: 14px; }
+summary { cursor: pointer; color: var(--accent); font-size: 0.875rem; font-weight: 600; }
 code { font: 0.875em ui-monospace, Menlo, Consolas, monospace; background: #f0f3f6; padding: 1px 5px;
   border-radius: 4px; overflow-wrap: anywhere; }
 """

@@ -13,9 +13,14 @@ from mammodino_jax.data.records import read_prep
 SALT = "mammodino-seen-1"
 
 
+def digest(value: str) -> str:
+    """Salted SHA-256, first 8 bytes in hexadecimal."""
+    return hashlib.sha256(f"{SALT}:{value}".encode()).hexdigest()[:16]
+
+
 def hashes(values) -> set[str]:
-    """Salted SHA-256 of the given strings, first 8 bytes in hexadecimal."""
-    return {hashlib.sha256(f"{SALT}:{v}".encode()).hexdigest()[:16] for v in values if v}
+    """Digests of the given strings."""
+    return {digest(v) for v in values if v}
 
 
 def collect(data: DataConfig) -> dict:

@@ -21,7 +21,7 @@ from mammodino_jax.data import records
 from mammodino_jax.diagnostics import RULES
 from mammodino_jax.errors import UserError, run_command
 from mammodino_jax.evaluate.features import untrained
-from mammodino_jax.evaluate.table import LEGEND, cells, tested
+from mammodino_jax.evaluate.table import HEAD, LEGEND, cells, tested
 from mammodino_jax.page import embed, facts, figure, jpeg, page, paragraph, section, table
 from mammodino_jax.pictures import strip
 from mammodino_jax.visualize import Picture, choose, default_long_side, pca_tiles
@@ -205,13 +205,12 @@ def probes_section(results: dict) -> str:
         embed(charts.probes(results), "svg+xml", "AUC by task, features and probe"),
     ]
     baselines = ("majority class", "hand-made")
-    head = ["features", "probe", "input", "AUC [95 %]", "balanced accuracy", ""]
     for task in results["tasks"]:
         rows = task["rows"]
         marked = {i for i, r in enumerate(rows) if not r["features"].startswith(("random init", *baselines))}
         parts += [
             f"<h3>{html.escape(task['task'])}</h3>",
-            table(head, list(map(cells, rows)), marked),
+            table(HEAD, list(map(cells, rows)), marked),
             paragraph(tested(task)),
         ]
     return section("What the features can do", *parts)

@@ -8,15 +8,14 @@ import itertools
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from scipy.stats import spearmanr
 from sklearn.metrics import r2_score
 
 from configs import nano
 from mammodino_jax import metrics
-from mammodino_jax.data.eval import make_eval_batches
 from mammodino_jax.encoder import load_encoder
-from mammodino_jax.evaluate.features import untrained
+from mammodino_jax.evaluate.features import encoder_extractor, record_features, untrained
+from mammodino_jax.evaluate.items import read_rows
 from mammodino_jax.evaluate.probes import standardise
 from mammodino_jax.held_out import effective_rank
 from mammodino_jax.train import train
@@ -60,19 +59,14 @@ def train_both(data: Path, folder: Path, steps: int, edit=lambda c: None) -> dic
 
 
 def embed(encoder, data: Path, side: int) -> np.ndarray:
-    """CLS of every slice, whole and letterboxed to side x side: f64 [n, D] in the index's order."""
-    n = pq.read_metadata(data / "index.parquet").num_rows
-    out = np.zeros((n, encoder.vit.dim))
-    for batch in make_eval_batches(data, ["train"], height=side, width=side, batch_size=32):
-        kept = batch["row"] >= 0
-        out[batch["row"][kept]] = np.asarray(encoder(batch["image"])["cls"])[kept]
-    return out
+    """CLS of every slice, whole, its long side at `side` px: f64 [n, D] in the index's order."""
+    return record_features(read_rows([data]), encoder_extractor(encoder), side)["cls"].astype(np.float64)
 
 
 def read_slices(data: Path) -> Slices:
-    rows = pq.read_table(data / "index.parquet", columns=["volume_id", "slice_index", "num_slices"])
-    volume, number, count = (np.array(column.to_pylist()) for column in rows.columns)
-    return Slices(volume, number, number / (count - 1))
+    column = read_rows([data]).columns
+    number = column["slice_index"].astype(int)
+    return Slices(column["volume_id"].astype(str), number, number / (column["num_slices"] - 1))
 
 
 def similarity(cls_nD: np.ndarray, slices: Slices, centred: bool) -> tuple[np.ndarray, float]:

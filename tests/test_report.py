@@ -42,16 +42,22 @@ def metrics_row(step):
     return row | {"data/global_coverage": 0.876, "data/global_fallback": 0.0, "data/global_mm_per_px": 0.42}
 
 
-def result_row(features, probe, auc, seen="no"):
-    row = {"features": features, "probe": probe, "long_side": 56, "mm_per_px": 0.25, "seen": seen, "auc": auc}
-    return row | {"low": 0.4, "high": 0.95, "balanced_accuracy": 0.61, "fold_auc": [auc], "not_computed": 0}
+def result_row(features, probe, auc, remarks=()):
+    known = (
+        {"low": 0.4, "high": 0.95, "seed_std": None}
+        if auc is not None
+        else {"low": None, "high": None, "seed_std": None}
+    )
+    row = {"features": features, "probe": probe, "long_side": 56, "mm_per_px": 0.25, "remarks": list(remarks)}
+    metrics = {"auc": {"value": auc, **known}, "balanced_accuracy": {"value": 0.61, "low": 0.5, "high": 0.7}}
+    return row | {"metrics": metrics, "not_computed": 0 if auc is not None else 2}
 
 
 def evaluation():
     rows = [result_row("majority class", "none", 0.5)]
     for name in ("hand-made", "random init", "<b>run</b>"):
-        rows += [result_row(name, "kNN", 0.7123), result_row(name, "linear", 0.8, seen="yes")]
-    rows[-1] |= {"auc": None, "low": None, "high": None, "not_computed": 2}
+        rows += [result_row(name, "kNN", 0.7123), result_row(name, "linear", 0.8, ["transductive"])]
+    rows[-1] = result_row("<b>run</b>", "linear", None)
     facts = {"test_items": 12, "test_patients": 6, "test_items_by_class": {"A": 5, "B": 7}}
     tasks = [{"task": "density", **facts, "rows": rows}, {"task": "cancer", **facts, "rows": rows}]
     settings = {"folds": 5, "draws": 2000}

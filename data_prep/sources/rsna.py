@@ -9,6 +9,8 @@ Rules and traps:
   cells of site 2 say. The site is kept as "site 1", the machine as the model "machine 49".
 - BIRADS 0 is a recall, not a category below 1. Kaggle writes 1: negative, 2: normal; there is no 3 to 5.
 - `cancer` is of a breast: the other breast of a patient with cancer is 0. Most zeros were never biopsied.
+- A breast is patient_id and laterality, as in the competition: the study is the patient, whatever the header
+  says.
 - Many files are JPEG 2000. Views other than CC and MLO (AT, LM, ML, LMO) are kept.
 """
 
@@ -59,7 +61,7 @@ def list_files(inputs: list[Path]) -> Listing:
 
 def _make_row(root: Path, folder: Path, where: str, cells: dict) -> Row:
     path = folder / cells["patient_id"] / f"{cells['image_id']}.dcm"
-    row = Row(path, path.relative_to(root).as_posix(), cells["patient_id"])
+    row = Row(path, path.relative_to(root).as_posix(), cells["patient_id"], cells["patient_id"])
     row.laterality = one_of(cells["laterality"], ("L", "R"), f"{where}, laterality")
     row.view = one_of(cells["view"], VIEWS, f"{where}, view")
     site = one_of(cells["site_id"], ("1", "2"), f"{where}, site_id")

@@ -1,14 +1,20 @@
-"""The evaluation input: every record of some splits once, in order, whole and at its own aspect."""
+"""The evaluation input: records once each, whole and at their own aspect, in canvases of a few sizes."""
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
 
 from mammodino_jax.data.crops import box_coverage, integral_image, resample
-from mammodino_jax.data.index import open_split
 from mammodino_jax.errors import UserError
+
+STEP = 4  # patches: canvases are multiples of it, so that few shapes are compiled
+
+
+def fitted(height: float, width: float, long_side: int) -> tuple[int, int]:
+    """Height and width of an image whose long side becomes `long_side`."""
+    scale = long_side / max(height, width)
+    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def letterbox(image: np.ndarray, height: int, width: int, patch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -21,7 +27,12 @@ def letterbox(image: np.ndarray, height: int, width: int, patch: int) -> tuple[n
     """
     H, W = image.shape
     scale = min(height / H, width / W)
-    h, w = max(1, round(H * scale)), max(1, round(W * scale))
+    return _place(image, max(1, round(H * scale)), max(1, round(W * scale)), height, width, patch)
+
+
+def _place(image, h: int, w: int, height: int, width: int, patch: int):
+    """`letterbox` with the size [h, w] that the image gets."""
+    H, W = image.shape
     out = np.zeros((height, width), np.uint8)
     out[:h, :w] = resample(image, (h, w))
     y_edges = np.minimum(np.arange(0, height + 1, patch) * (H / h), H)
@@ -30,36 +41,63 @@ def letterbox(image: np.ndarray, height: int, width: int, patch: int) -> tuple[n
     return out, tissue.astype(np.float16)
 
 
+def check_long_side(long_side: int, patch: int) -> None:
+    """Raise a UserError where `long_side` is no positive multiple of the patch size."""
+    if long_side % patch or long_side <= 0:
+        near = max(1, round(long_side / patch)) * patch
+        raise UserError(
+            f"--long-side {long_side} is not a positive multiple of the patch size {patch}; {near} is"
+        )
+
+
 def make_eval_batches(
-    folder: str | Path, splits: Sequence[str], *, height: int, width: int, batch_size: int, patch: int = 14
+    read: Callable[[int], np.ndarray],
+    shapes_n2: Sequence,
+    *,
+    long_side: int,
+    patch: int,
+    batch_size: Callable[[int], int],
+    step: int = STEP,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Iterate over all records of the splits, duplicates and flagged ones too, in record order.
+    """Iterate over images, those of one canvas together.
+
+    Args:
+      read: place 0..n-1 to image u8 [H, W].
+      shapes_n2: height and width of each image.
+      long_side: px of an image, a multiple of `patch`.
+      batch_size: images in a batch, by the number of patches of the canvas.
+      step: canvases are multiples of so many patches.
 
     Yields:
-      image u8 [B, height, width], tissue f16 [B, height / patch, width / patch] (letterbox), and row i32 [B],
-      the record's row number in index.parquet; -1 pads the last batch.
+      image u8 [B, height, width], size i32 [B, 2] that the images take of it, tissue f16 [B, height / patch,
+      width / patch], and place i32 [B]; -1 pads the last batch of a canvas.
 
     Raises:
-      UserError: sizes that are no multiple of `patch`, a bad folder or split, an unreadable record.
+      UserError: a long side that is no multiple of `patch`, an unreadable record.
     """
-    if height % patch or width % patch or min(height, width) <= 0:
-        raise UserError(f"evaluation size {height} x {width} must be a positive multiple of patch {patch}")
-    rows, places = [], []
-    for split in splits:
-        shards, table = open_split(folder, split, ["image_id"])
-        rows += table["row"].to_pylist()
-        places += [(shards, record) for record in range(len(table))]
+    check_long_side(long_side, patch)
+    sizes = [fitted(*shape, long_side) for shape in shapes_n2]
+    canvases: dict[tuple, list[int]] = {}
+    for place, size in enumerate(sizes):
+        canvases.setdefault(tuple(-(-s // (patch * step)) * step * patch for s in size), []).append(place)
+    jobs = []
+    for canvas, places in sorted(canvases.items()):
+        B = batch_size(canvas[0] * canvas[1] // patch**2)
+        jobs += [(canvas, B, places[first : first + B]) for first in range(0, len(places), B)]
 
-    def build(first: int) -> dict[str, np.ndarray]:
+    def build(job: int) -> dict[str, np.ndarray]:
+        (height, width), B, places = jobs[job]
         batch = {
-            "image": np.zeros((batch_size, height, width), np.uint8),
-            "tissue": np.zeros((batch_size, height // patch, width // patch), np.float16),
-            "row": np.full(batch_size, -1, np.int32),
+            "image": np.zeros((B, height, width), np.uint8),
+            "size": np.full((B, 2), (height, width), np.int32),
+            "tissue": np.zeros((B, height // patch, width // patch), np.float16),
+            "place": np.full(B, -1, np.int32),
         }
-        for i, (shards, record) in enumerate(places[first : first + batch_size]):
-            batch["image"][i], batch["tissue"][i] = letterbox(shards.read(record), height, width, patch)
-            batch["row"][i] = rows[first + i]
+        for i, place in enumerate(places):
+            image = read(place)
+            batch["image"][i], batch["tissue"][i] = _place(image, *sizes[place], height, width, patch)
+            batch["size"][i], batch["place"][i] = sizes[place], place
         return batch
 
-    dataset = grain.MapDataset.range(0, len(rows), batch_size).map(build)
+    dataset = grain.MapDataset.range(0, len(jobs)).map(build)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)))

@@ -2,215 +2,116 @@
 
     python -m mammodino_jax.evaluate --encoder E --data DIR --benchmark phantom --output DIR
 
-Writes results.json (every number, setting and version) and table.md. Rows always shown beside the encoders:
-the majority class, hand-made features, and the same architecture with random weights.
+Writes results.json (every number, setting and version), scores.parquet (what compare tests), table.md and
+page.html. Rows always shown beside the encoders: the majority class, the outline of the breast, hand-made
+features, raw pixels, and the same architecture with random weights.
 """
 
 import argparse
-import dataclasses
 import json
 import platform
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from mammodino_jax import __version__
-from mammodino_jax.errors import UserError, run_command
+from mammodino_jax.errors import UserError, run_command, suggest
 from mammodino_jax.evaluate import benchmarks, probes
-from mammodino_jax.evaluate.benchmarks import Benchmark, Task
-from mammodino_jax.evaluate.features import (
-    Items,
-    encoder_features,
-    extract,
-    handmade_features,
-    read_items,
-    untrained,
-)
-from mammodino_jax.evaluate.metrics import summarise
+from mammodino_jax.evaluate.benchmarks import Benchmark
+from mammodino_jax.evaluate.entries import Entry, plan
+from mammodino_jax.evaluate.html import write_page
+from mammodino_jax.evaluate.items import Rows, read_rows
+from mammodino_jax.evaluate.scores import NAME, write_scores
 from mammodino_jax.evaluate.table import markdown
-from mammodino_jax.provenance import hashes
+from mammodino_jax.evaluate.tasks import answer, ask
 
-SCALE = 2  # whole images at twice the side of the training crops: near the mm per pixel of those crops
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """Features that the table has rows of."""
-
-    name: str
-    long_side: int | None = None  # None: the majority class, which needs no features
-    patch: int | None = None
-    function: Callable | None = None  # (batch, mm_per_px) -> float32 [B, F]
-    seen: str = "no"  # test patients or pixels in pretraining: no, yes (transductive), unknown
+PARTS = {"cls": ("cls",), "cls+mean": ("cls", "mean")}
+CACHE = Path.home() / ".cache" / "mammodino"
 
 
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m mammodino_jax.evaluate", description=__doc__.splitlines()[0]
     )
-    parser.add_argument(
-        "--encoder",
-        nargs="+",
-        action="extend",
-        required=True,
-        help="workdir, export, hub:FILE, timm:FILE, hf:DIR, dbt-dino:FILE or random:ARCH",
+    add = parser.add_argument
+    add("--encoder", nargs="+", action="extend", required=True,
+        help="workdir, export, hub:FILE, timm:FILE, hf:DIR, dbt-dino:FILE, biomedclip:DIR, mammoclip:FILE or "
+             "random:ARCH; the first is what paired tests compare with")  # fmt: skip
+    add("--data", nargs="+", type=Path, required=True, help="built data sets")
+    add("--builds", nargs="+", type=Path, default=[], help="the same files built with the presets of other "
+        "encoders, which then read those; with one of preset raw our encoders get a row on it")  # fmt: skip
+    add("--benchmark", required=True, help=", ".join(benchmarks.BENCHMARKS))
+    add("--output", type=Path, required=True)
+    add("--long-side", nargs="+", type=int, help="px of the images; several: a resolution sweep. Default: "
+        "what the encoder is made for (twice its training crops for DINOv2 and ours)")  # fmt: skip
+    add("--tiles", action="store_true", help="cut images into squares of the training size")
+    add("--features", choices=PARTS, default="cls+mean", help="CLS, or CLS beside the mean of tissue patches")
+    add(
+        "--aggregate",
+        choices=("mean", "max"),
+        default="mean",
+        help="over slices, and over images of a breast",
     )
-    parser.add_argument("--data", nargs="+", type=Path, required=True, help="built data sets")
-    parser.add_argument("--benchmark", required=True, help=", ".join(benchmarks.BENCHMARKS))
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--long-side", type=int, help=f"pixels; default: {SCALE} x the training size")
-    parser.add_argument("--folds", type=int, default=0, help="cross-validate over all splits, for small data")
-    parser.add_argument("--transductive", action="store_true", help="allow test patients seen in pretraining")
-    parser.add_argument("--draws", type=int, default=2000, help="bootstrap draws of patients")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=16)
+    add("--probes", default="kNN,linear", help=", ".join(probes.PROBES))
+    add("--few-labels", action="store_true", help="curves over 1, 5, 10 and 100 %% of the patients")
+    add("--dense", action="store_true", help="probe lesion patches against other tissue of the same images")
+    add("--shortcuts", action="store_true", help="what else features tell: patient, vendor, side, depth, ...")
+    add("--folds", type=int, help="cross-validate over all splits; default: the benchmark's, mostly none")
+    add("--repeats", type=int, default=1, help="of the cross-validation, with other parts each")
+    add("--transductive", action="store_true", help="allow test patients seen in pretraining, and say so")
+    add("--foreign-preprocessing", action="store_true", help="allow a build that an encoder was not made for")
+    add("--draws", type=int, default=2000, help="bootstrap draws of patients")
+    add("--seed", type=int, default=0)
+    add("--batch-size", type=int, default=0, help="images; default: by the memory of their attention")
+    add(
+        "--cache", type=Path, default=CACHE, help="features and scores of earlier runs (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     if args.draws < 1000:
         raise UserError(f"--draws {args.draws} is too few for a 95 % interval; give 1000 or more")
+    if args.repeats < 1:
+        raise UserError(f"--repeats {args.repeats}: expected 1 or more")
+    args.probes = tuple(args.probes.split(","))
+    for name in args.probes:
+        if name not in probes.PROBES:
+            known = ", ".join(probes.PROBES)
+            raise UserError(f"unknown probe {name!r}.{suggest(name, probes.PROBES)} Known: {known}")
+    args.parts = PARTS[args.features]
     return args
 
 
-def select(items: Items, task: Task, count: int, seed: int) -> tuple[np.ndarray, list[probes.Fold]]:
-    """Places of a task's labelled items, and its folds (places among those)."""
-    labels = items.labels[task.label]
-    chosen = np.flatnonzero(np.isin(items.kind, task.kinds) & (labels >= 0))
-    if not count:
-        return chosen, probes.official_fold(items.split[chosen], task.name)
-    return chosen, probes.cross_folds(labels[chosen], items.patient[chosen], count, seed, task.name)
-
-
-def asked(benchmark: Benchmark, items: Items) -> tuple[list[Task], list[str]]:
-    """The tasks that these data can answer, and the names of those whose kind of image is not there.
-
-    Raises:
-      UserError: a label is missing from the data, or known for no item, or has one value only.
-    """
-    tasks, absent = [], []
-    there = ", ".join(items.labels) or "none"
-    for task in benchmark.tasks:
-        if task.label not in items.labels:
-            raise UserError(f'task "{task.name}" needs the label "{task.label}"; labels there are: {there}')
-        of_kind = np.isin(items.kind, task.kinds)
-        if not of_kind.any():
-            absent.append(task.name)
-            continue
-        values = np.unique(items.labels[task.label][of_kind])
-        if (values >= 0).sum() < 2:
-            raise UserError(
-                f'task "{task.name}": label "{task.label}" has {(values >= 0).sum()} known values over the '
-                f"{'/'.join(task.kinds)} items, two or more are needed; labels there are: {there}"
-            )
-        tasks.append(task)
-    if not tasks:
-        raise UserError(f"the data hold {', '.join(np.unique(items.kind))} items, none of the benchmark")
-    return tasks, absent
-
-
-def seen_in_pretraining(encoder, items: Items, tested: np.ndarray, transductive: bool) -> str:
-    """Whether pretraining saw patients or pixels of tested items: no, yes, or unknown (foreign weights).
-
-    Raises:
-      UserError: it did, and `transductive` is not set.
-    """
-    if encoder.name.startswith("random:"):
-        return "no"
-    if not encoder.provenance:
-        return "unknown"
-    patients = hashes(items.patient[tested]) & set(encoder.provenance["patients"])
-    pixels = hashes(h for i in tested for h in items.pixels[i]) & set(encoder.provenance["pixels"])
-    if (patients or pixels) and not transductive:
-        raise UserError(
-            f"{encoder.name} saw {len(patients)} test patients and {len(pixels)} test images in pretraining; "
-            "test on others, or pass --transductive to have it said in the table"
-        )
-    if patients or pixels:
-        return "yes"
-    return "unknown" if encoder.provenance.get("foreign") else "no"
-
-
-def plan_entries(args, items: Items, tested: np.ndarray) -> list[Entry]:
-    """The rows of the table: baselines first; the hand-made ones read the images of the first encoder."""
-    from mammodino_jax.encoder import load_encoder
-
-    entries, architectures = [Entry("majority class")], set()
-    for encoder in map(load_encoder, args.encoder):
-        vit, seen = encoder.vit, seen_in_pretraining(encoder, items, tested, args.transductive)
-        size = (args.long_side or SCALE * vit.image_size, vit.patch_size)
-        if len(entries) == 1:
-            entries.append(Entry("hand-made", *size, handmade_features()))
-        if vit not in architectures:
-            architectures.add(vit)
-            name = "random init" if len(architectures) == 1 else f"random init {len(architectures)}"
-            entries.append(Entry(name, *size, encoder_features(untrained(encoder, args.seed))))
-        name = encoder.name
-        while name in {entry.name for entry in entries}:
-            name += "'"
-        entries.append(Entry(name, *size, encoder_features(encoder), seen))
-    return entries
-
-
-def extract_all(entries: list[Entry], args, items: Items) -> dict[str, np.ndarray]:
-    """Features {name: float32 [n, F]}, one pass over the data for each image size."""
-    found = {}
-    for size in sorted({(e.long_side, e.patch) for e in entries if e.function}):
-        functions = {e.name: e.function for e in entries if (e.long_side, e.patch) == size}
-        found |= extract(args.data, items, functions, *size, args.batch_size)
-    return found
-
-
-def score(task: Task, entries: list[Entry], features: dict, items: Items, chosen, folds, args) -> dict:
-    """Probe all entries on one task: the task's facts, and a row for each entry and probe."""
-    classes, label = np.unique(items.labels[task.label][chosen], return_inverse=True)
-    patient, rows = items.patient[chosen], []
-    pixel_mm, long_px = items.pixel_mm[chosen], items.long_px[chosen]
-    for entry in entries:
-        x = features[entry.name][chosen] if entry.function else None
-        mm = None
-        if entry.function and np.isfinite(pixel_mm).any():
-            mm = float(np.nanmedian(pixel_mm * long_px) / entry.long_side)
-        for name, probe in (probes.PROBES if entry.function else {"none": probes.majority}).items():
-            tested, chosen_settings = probes.run(probe, x, label, patient, folds, len(classes))
-            facts = {"features": entry.name, "probe": name, "long_side": entry.long_side, "mm_per_px": mm}
-            result = summarise(tested, args.draws, args.seed)
-            rows.append({**facts, "seen": entry.seen, **result, "chosen": chosen_settings})
-    test = np.concatenate([f.test for f in folds])
-    names = dict(enumerate(items.class_names.get(task.label, [])))
-    counts = np.bincount(label[test], minlength=len(classes)).tolist()
-    return {
-        "task": task.name,
-        "label": task.label,
-        "kinds": task.kinds,
-        "classes": classes.tolist(),
-        "folds": len(folds),
-        "train_items": int(np.mean([len(f.train) for f in folds])),
-        "test_items": len(test),
-        "test_patients": len(np.unique(patient[test])),
-        "test_items_by_class": {names.get(c, str(c)): n for c, n in zip(classes, counts, strict=True)},
-        "rows": rows,
-    }
-
-
-def _facts(args, items: Items, benchmark: Benchmark, absent: list[str]) -> dict:
+def facts(args, rows: Rows, benchmark: Benchmark, absent: list[str], entries: list[Entry]) -> dict:
+    """What was asked, of what data, with which encoders, settings and versions."""
     import jax
     import sklearn
 
-    splits = {s: len(np.unique(items.patient[items.split == s])) for s in np.unique(items.split)}
-    kinds = {k: int((items.kind == k).sum()) for k in np.unique(items.kind)}
+    column = rows.columns
+    splits = {s: len(set(column["patient_id"][column["split"] == s])) for s in sorted(set(column["split"]))}
+    kinds = sorted(set(column["kind"]))
+    encoders = {
+        e.name: {"spec": e.spec, "kind": e.kind, "fingerprint": e.encoder.fingerprint,
+                 "patch": e.encoder.patch_size, "mean": list(e.encoder.mean), "std": list(e.encoder.std),
+                 "made_for": e.encoder.made_for,
+                 "reads": [str(f) for f in e.rows.folders], "remarks": list(e.remarks)}
+        for e in entries if e.encoder
+    }  # fmt: skip
+    names = ("encoder", "long_side", "tiles", "features", "aggregate", "probes", "repeats", "transductive",
+             "foreign_preprocessing", "draws", "seed")  # fmt: skip
     return {
         "benchmark": args.benchmark, "title": benchmark.title, "note": benchmark.note, "absent_tasks": absent,
-        "settings": {
-            "encoders": args.encoder, "data": [str(d) for d in args.data], "long_side": args.long_side,
-            "folds": args.folds, "transductive": args.transductive, "draws": args.draws, "seed": args.seed,
-            "features": "CLS beside the tissue-weighted mean of patch tokens; mean over a volume's slices",
-            "probes": {"kNN": {"k": probes.NEIGHBOURS, "temperature": probes.TEMPERATURE},
-                       "linear": {"C": probes.STRENGTHS, "chosen_by": "balanced log-loss on validation"}},
-            "interval": "95 %, patients resampled within folds, probes as trained",
+        "settings": {name: getattr(args, name) for name in names} | {
+            "data": [str(d) for d in args.data], "builds": [str(d) for d in args.builds], "folds": args.folds,
+            "protocol": {"kNN": {"k": probes.NEIGHBOURS, "temperature": probes.TEMPERATURE},
+                         "linear": {"C": probes.STRENGTHS, "chosen_by": "balanced log-loss on validation"}},
+            "interval": "95 %, patients resampled, probes as trained",
         },
-        "data": {"items_by_kind": kinds, "patients_by_split": splits, "records_left_out": items.left_out},
+        "encoders": encoders,
+        "data": {"records_by_kind": {k: int((column["kind"] == k).sum()) for k in kinds},
+                 "patients_by_split": splits, "records_left_out": rows.left_out},
         "versions": {
             "mammodino_jax": __version__, "jax": jax.__version__, "scikit-learn": sklearn.__version__,
             "numpy": np.__version__, "python": platform.python_version(),
+            "device": jax.devices()[0].device_kind,
         },
     }  # fmt: skip
 
@@ -218,21 +119,33 @@ def _facts(args, items: Items, benchmark: Benchmark, absent: list[str]) -> dict:
 def main(argv=None) -> None:
     args = parse(argv)
     benchmark = benchmarks.find(args.benchmark)
-    items = read_items(args.data)
-    probes.check_patients(items.patient, items.split)
-    tasks, absent = asked(benchmark, items)
-    selected = {task: select(items, task, args.folds, args.seed) for task in tasks}
-    tested = np.unique(np.concatenate([chosen[f.test] for chosen, folds in selected.values() for f in folds]))
-    entries = plan_entries(args, items, tested)
-    features = extract_all(entries, args, items)
-    results = _facts(args, items, benchmark, absent)
-    results["tasks"] = [score(task, entries, features, items, *selected[task], args) for task in tasks]
-    text = markdown(results)
+    rows = read_rows(args.data)
+    probes.check_patients(rows.columns["patient_id"], rows.columns["split"])
+    args.folds = benchmark.folds if args.folds is None else args.folds
+    questions, absent = ask(benchmark, rows, args.folds, args.repeats, args.seed)
+    tested = np.any([q.tested() for q in questions], axis=0)
+    entries = plan(args, rows, tested)
+    features = {e.name: e.features(args.cache, args.tiles) for e in entries if e.extractor}
+    results, scored = facts(args, rows, benchmark, absent, entries), []
+    results["tasks"] = []
+    for question in questions:
+        task, found = answer(question, entries, features, args, benchmark.breakdown)
+        results["tasks"].append(task)
+        scored += [(task["task"], *of_entry) for of_entry in found]
+    if args.dense:
+        results["dense"] = extras.dense_probe(args, entries)
+    if args.shortcuts:
+        results |= extras.shortcut_probes(args, entries, features)
+    if args.long_side and len(args.long_side) > 1:
+        results["sweep"] = extras.sweep(results["tasks"])
     args.output.mkdir(parents=True, exist_ok=True)
+    write_scores(args.output / NAME, scored)
     (args.output / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False))
+    text = markdown(results)
     (args.output / "table.md").write_text(text)
     print(text)
-    print(f"results: {args.output / 'results.json'}, {args.output / 'table.md'}")
+    page = write_page(results, {tuple(key): folds for *key, folds in scored}, rows, args.output)
+    print(f"results: {args.output / 'results.json'}, {args.output / 'table.md'}, {page}")
 
 
 if __name__ == "__main__":

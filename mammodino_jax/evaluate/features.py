@@ -1,120 +1,73 @@
-"""Frozen features of everything in built data sets: an item is a 2D image, or a whole tomosynthesis volume.
+"""Frozen features of records: extracted once, cached, brought together to volumes, breasts and exams.
 
-n items, B images of a batch, N patches, D width of the encoder.
+r records, n items, B images of a batch, N patches, D width of the encoder, F features.
 """
 
 import dataclasses
-import json
+import functools
+import hashlib
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from mammodino_jax.data import records
-from mammodino_jax.data.eval import make_eval_batches
-from mammodino_jax.data.pipeline import DataConfig
-from mammodino_jax.errors import UserError
+from mammodino_jax.data.crops import resample
+from mammodino_jax.data.eval import check_long_side, fitted, make_eval_batches
+from mammodino_jax.evaluate.items import Items, Rows, units
 
-_COLUMNS = (
-    "image_id", "patient_id", "volume_id", "kind", "split", "height", "width", "pixel_mm", "pixel_hash",
-    "duplicate_of", "flags",
-)  # fmt: skip
+ATTENTION_BYTES = 1e9  # of one layer's attention matrix, float32, on each device
+BATCH = 16  # images a device at most
+CACHE_VERSION = 1  # raised where the same settings give other features
 
 
 @dataclasses.dataclass(frozen=True)
-class Items:
-    """[n] arrays; a volume's values are those of its first slice.
+class Extractor:
+    """What turns images into features.
 
     Attributes:
-      patient, kind, split: text.
-      pixel_mm: of the record, NaN where unknown; long_px: its long side.
-      labels: {name without label_: i64, -1 where unknown}.
-      class_names: {name without label_: names of its values}, as far as labels.json of a folder has them.
-      pixels: a list an item, pixel hashes of its records.
-      of_row: for each data folder, i64 [rows of its index]: the row's item, -1 where it is left out.
-      left_out: number of records that are duplicates or carry a flag that training leaves out too.
+      fingerprint: of all that the features depend on besides the images.
+      patch: input sizes are multiples of it.
+      function: (image u8 [B, H, W], size i32 [B, 2], tissue f16 [B, H / patch, W / patch], mm per px [B]) to
+        {name: f32 [B, F]}.
+      batch_size: of a canvas, by its number of patches.
+      tile: side of the tiles of `tiles`; 0: cannot be tiled.
     """
 
-    patient: np.ndarray
-    kind: np.ndarray
-    split: np.ndarray
-    pixel_mm: np.ndarray
-    long_px: np.ndarray
-    labels: dict[str, np.ndarray]
-    class_names: dict[str, list[str]]
-    pixels: list[list[str]]
-    of_row: list[np.ndarray]
-    left_out: int
+    fingerprint: str
+    patch: int
+    function: Callable
+    batch_size: Callable[[int], int]
+    tile: int = 0
 
 
-def read_items(folders: Sequence[Path]) -> Items:
-    """Read the indices of built data sets.
+def encoder_extractor(encoder, batch_size: int = 0) -> Extractor:
+    """CLS ("cls") and the tissue-weighted mean of the patch tokens ("mean") of an encoder."""
 
-    Raises:
-      UserError: a folder is no built data set, or nothing is left to evaluate.
-    """
-    first_rows, pixels, of_row, left_out, names, class_names = [], [], [], 0, set(), {}
-    flags = set(DataConfig().exclude_flags)
-    for folder in folders:
-        records.read_prep(folder)
-        index = Path(folder) / "index.parquet"
-        label_columns = [name for name in pq.read_schema(index).names if name.startswith("label_")]
-        names |= set(label_columns)
-        described = Path(folder) / "labels.json"
-        for name, label in json.loads(described.read_text()).items() if described.is_file() else ():
-            class_names[name.removeprefix("label_")] = label.get("classes", [])
-        table = pq.read_table(index, columns=[*_COLUMNS, *label_columns]).to_pylist()
-        place, item_of = np.full(len(table), -1, np.int64), {}
-        for r, row in enumerate(table):
-            if row["duplicate_of"] or flags & set(row["flags"] or ()):
-                left_out += 1
-                continue
-            key = row["volume_id"] if row["kind"] == "dbt" else row["image_id"]
-            if key not in item_of:
-                item_of[key] = len(first_rows)
-                first_rows.append(row)
-                pixels.append([])
-            place[r] = item_of[key]
-            pixels[place[r]].append(row["pixel_hash"])
-        of_row.append(place)
-    if not first_rows:
-        raise UserError(
-            f"nothing to evaluate in {', '.join(map(str, folders))}: all records are duplicates or flagged"
-        )
+    def function(image, size, tissue, mm):
+        out = encoder(image, size)
+        return {"cls": np.asarray(out["cls"]), "mean": tissue_mean(np.asarray(out["patches"]), tissue)}
 
-    def column(name, missing, dtype):
-        values = (row.get(name) for row in first_rows)
-        return np.array([missing if v is None else v for v in values], dtype)
-
-    return Items(
-        patient=column("patient_id", "", object),
-        kind=column("kind", "", object),
-        split=column("split", "", object),
-        pixel_mm=column("pixel_mm", np.nan, np.float64),
-        long_px=np.maximum(column("height", 0, np.int64), column("width", 0, np.int64)),
-        labels={name.removeprefix("label_"): column(name, -1, np.int64) for name in sorted(names)},
-        class_names=class_names,
-        pixels=pixels,
-        of_row=of_row,
-        left_out=left_out,
-    )
+    tile = encoder.vit.image_size if encoder.vit else 0
+    return Extractor(encoder.fingerprint, encoder.patch_size, function, batches_of(encoder, batch_size), tile)
 
 
-def encoder_features(encoder) -> Callable:
-    """CLS beside the tissue-weighted mean of the patch tokens: batch -> float32 [B, 2 D]."""
+def tissue_mean(patches_BND: np.ndarray, tissue_BN) -> np.ndarray:
+    """Mean of patch tokens weighted by their tissue share, f32 [B, D]; 0 where there is no tissue."""
+    weight_BN = np.asarray(tissue_BN, np.float32).reshape(len(patches_BND), -1)
+    weight_BN = weight_BN / np.maximum(weight_BN.sum(axis=1, keepdims=True), 1e-6)
+    return np.matmul(weight_BN[:, None], patches_BND)[:, 0]
 
-    def extract(batch, mm_per_px):
-        out = encoder(batch["image"])
-        weight_BN = jnp.asarray(batch["tissue"], jnp.float32).reshape(len(batch["row"]), -1)
-        weight_BN = weight_BN / jnp.maximum(weight_BN.sum(axis=1, keepdims=True), 1e-6)
-        mean_BD = jnp.einsum("bn,bnd->bd", weight_BN, out["patches"], precision="highest")
-        return np.concatenate([out["cls"], mean_BD], axis=1)
 
-    return extract
+def batches_of(encoder, batch_size: int = 0) -> Callable[[int], int]:
+    """Images in a batch by the patches of an image: as many as their attention matrices leave room for."""
+    import jax
+
+    devices, heads = len(jax.local_devices()), encoder.vit.heads if encoder.vit else 1
+    fit = lambda tokens: int(ATTENTION_BYTES / (4 * heads * tokens**2))  # noqa: E731
+    return lambda tokens: batch_size or devices * min(max(fit(tokens), 1), BATCH)
 
 
 def untrained(encoder, seed: int = 0):
@@ -122,66 +75,148 @@ def untrained(encoder, seed: int = 0):
     from mammodino_jax.model.head import init_params
 
     params = init_params(encoder.vit, None, seed)
-    return dataclasses.replace(encoder, name="random init", params=params, provenance={})
+    return dataclasses.replace(encoder, name="random init", kind="random", params=params, provenance={})
 
 
-def handmade_features() -> Callable:
-    """Hand-made features of the very images that the encoders see: batch -> float32 [B, F]."""
-    from mammodino_jax.evaluate.handmade import handmade
-
-    def extract(batch, mm_per_px):
-        return np.stack([handmade(i, mm) for i, mm in zip(batch["image"], mm_per_px, strict=True)])
-
-    return extract
-
-
-def extract(
-    folders: Sequence[Path],
-    items: Items,
-    extractors: dict[str, Callable],
+def record_features(
+    rows: Rows,
+    extractor: Extractor,
     long_side: int,
-    patch: int,
-    batch_size: int,
+    cache: Path | None = None,
+    tiles: bool = False,
+    name: str = "",
 ) -> dict[str, np.ndarray]:
-    """Run extractors over all records at `long_side` pixels; slices of a volume are averaged.
+    """Features of every record, {name: f32 [r, F]}.
 
     Args:
-      extractors: {name: f(batch, mm_per_px [B]) -> float32 [B, F]}.
-      long_side: of the letterboxed images, a multiple of `patch`.
-
-    Returns:
-      {name: float32 [n, F]}.
+      long_side: px of the images, a multiple of the extractor's patch size.
+      cache: a folder; features of the same records, extractor and settings are read from it.
+      tiles: cut images into squares of the extractor's `tile` and average over them by tissue, instead of
+        resampling positions to the whole image.
+      name: of the encoder, for the progress bar.
 
     Raises:
-      UserError: long_side is no multiple of the patch size; an unreadable record.
+      UserError: a long side that is no multiple of the patch size, an unreadable record.
     """
-    if long_side % patch or long_side <= 0:
-        near = max(1, round(long_side / patch)) * patch
-        raise UserError(
-            f"--long-side {long_side} is not a positive multiple of the patch size {patch}; {near} is"
-        )
-    mm_of_item = items.pixel_mm * items.long_px / long_side
-    if np.isnan(mm_of_item).any():  # some in mm and some in pixels would be a code for the data set
-        mm_of_item = np.ones_like(mm_of_item)
-    count = np.zeros(len(items.patient))
-    total: dict[str, np.ndarray] = {}
-    for folder, of_row in zip(folders, items.of_row, strict=True):
-        index = pq.read_table(Path(folder) / "index.parquet", columns=["split"])
-        present = set(index["split"].to_pylist())
-        splits = [s for s in records.SPLITS if s in present]
-        # one square canvas for all: its padding must not tell records or data sets apart
-        batches = make_eval_batches(
-            folder, splits, height=long_side, width=long_side, batch_size=batch_size, patch=patch
-        )
-        title = f"features at {long_side} px"
-        for batch in tqdm(batches, title, total=math.ceil(len(index) / batch_size), unit="batch"):
-            item = np.where(batch["row"] >= 0, of_row[batch["row"]], -1)
-            kept = item >= 0
-            if not kept.any():
-                continue
-            np.add.at(count, item[kept], 1)
-            for name, function in extractors.items():
-                x = function(batch, mm_of_item[item])
-                total.setdefault(name, np.zeros((len(count), x.shape[1])))
-                np.add.at(total[name], item[kept], x[kept])
-    return {name: (x / count[:, None]).astype(np.float32) for name, x in total.items()}
+    check_long_side(long_side, extractor.patch)
+    if tiles and (not extractor.tile or long_side < extractor.tile):
+        tiles = False  # the whole image is one tile, or the extractor reads whole images only
+    mm = mm_per_px(rows, long_side)
+    if np.isnan(mm).any():  # some in mm and some in pixels would be a code for the data set
+        mm = np.ones_like(mm)
+    key = hashlib.sha256(repr((CACHE_VERSION, extractor.fingerprint, long_side, tiles)).encode())
+    for part in (rows.columns["image_id"], rows.columns["pixel_hash"], mm):
+        key.update("\n".join(map(str, part)).encode())
+    file = cache / f"{key.hexdigest()[:32]}.npz" if cache else None
+    if file and file.is_file():
+        with np.load(file) as found:
+            return dict(found)
+    found = _extract(rows, extractor, long_side, tiles, mm, name)
+    if file:
+        save(file, **found)
+    return found
+
+
+def save(file: Path, **arrays) -> None:
+    """Write arrays as .npz; a reader never sees half a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    half = file.with_name(f"{file.stem}-{os.getpid()}.part.npz")
+    np.savez(half, **arrays)
+    half.rename(file)
+
+
+def mm_per_px(rows: Rows, long_side: int) -> np.ndarray:
+    """f64 [r]: size of an input pixel where the long side is `long_side` px; NaN where unknown."""
+    return rows.columns["pixel_mm"] * np.maximum(rows.columns["height"], rows.columns["width"]) / long_side
+
+
+def _extract(
+    rows: Rows, extractor: Extractor, long_side: int, tiles: bool, mm, name: str
+) -> dict[str, np.ndarray]:
+    shapes = np.stack([rows.columns["height"], rows.columns["width"]], axis=1).astype(int)
+    side, owner, read = long_side, np.arange(len(rows)), rows.image
+    if tiles:
+        side, owner, shapes, read = _tiles(rows, shapes, long_side, extractor.tile)
+    batches = make_eval_batches(
+        read, shapes, long_side=side, patch=extractor.patch, batch_size=extractor.batch_size
+    )
+    total, weight = {}, np.zeros(len(rows))
+    with tqdm(total=len(owner), desc=f"{name} at {long_side} px", unit="image") as bar:
+        for batch in batches:
+            kept = batch["place"] >= 0
+            of = owner[batch["place"]]
+            found = extractor.function(batch["image"], batch["size"], batch["tissue"], mm[of])
+            share = batch["tissue"].astype(np.float64).sum(axis=(1, 2)) + 1e-6 if tiles else np.ones(len(of))
+            np.add.at(weight, of[kept], share[kept])
+            for part, x in found.items():
+                total.setdefault(part, np.zeros((len(rows), x.shape[1])))
+                np.add.at(total[part], of[kept], (x * share[:, None])[kept])
+            bar.update(int(kept.sum()))
+    return {part: (x / weight[:, None]).astype(np.float32) for part, x in total.items()}
+
+
+def _tiles(rows: Rows, shapes, long_side: int, tile: int):
+    """Squares that cover images evenly: their side, record [t], shapes [t, 2], and reader."""
+    owner, corner, size = [], [], []
+    for i, shape in enumerate(shapes):
+        h, w = fitted(*shape, long_side)
+        starts = ([round(s) for s in np.linspace(0, max(n - tile, 0), math.ceil(n / tile))] for n in (h, w))
+        ys, xs = starts
+        owner += [i] * (len(ys) * len(xs))
+        corner += [(y, x) for y in ys for x in xs]
+        size += [(min(tile, h), min(tile, w))] * (len(ys) * len(xs))
+
+    @functools.lru_cache(maxsize=4)
+    def whole(i: int) -> np.ndarray:
+        return resample(rows.image(i), fitted(*shapes[i], long_side))
+
+    def read(t: int) -> np.ndarray:
+        (y, x), (h, w) = corner[t], size[t]
+        return whole(owner[t])[y : y + h, x : x + w]
+
+    return tile, np.array(owner), np.array(size), read
+
+
+def aggregate(x_rF: np.ndarray, rows: Rows, items: Items, how: str = "mean") -> np.ndarray:
+    """Features of items, f32 [n, F]: `how` ("mean" or "max") over slices of a volume, then over images."""
+    inside = np.flatnonzero(items.item >= 0)
+    _, unit = np.unique(units(rows)[inside].astype(str), return_inverse=True)
+    of_unit = np.zeros(unit.max() + 1, np.int64)
+    of_unit[unit] = items.item[inside]
+    return _reduce(_reduce(x_rF[inside], unit, how), of_unit, how).astype(np.float32)
+
+
+def _reduce(x: np.ndarray, of: np.ndarray, how: str) -> np.ndarray:
+    """Mean or maximum of the rows of x that go to each place of 0..max(of)."""
+    if how == "max":
+        out = np.full((of.max() + 1, x.shape[1]), -np.inf)
+        np.maximum.at(out, of, x)
+        return out
+    out = np.zeros((of.max() + 1, x.shape[1]))
+    np.add.at(out, of, x)
+    return out / np.bincount(of)[:, None]
+
+
+def patch_grids(
+    rows: Rows, places, encoder, long_side: int, batch_size: int = 0
+) -> Iterator[tuple[int, np.ndarray, np.ndarray, float]]:
+    """Patch tokens of records, one record at a time, those of one canvas after each other.
+
+    Yields:
+      the place, tokens f16 [gh, gw, D], tissue share of each patch f16 [gh, gw], and input px per record px:
+      a box of the record times this over the patch size is in patches.
+    """
+    chosen, patch = rows.take(np.asarray(places)), encoder.patch_size
+    shapes = np.stack([chosen.columns["height"], chosen.columns["width"]], axis=1).astype(int)
+    batches = make_eval_batches(
+        chosen.image, shapes, long_side=long_side, patch=patch, batch_size=batches_of(encoder, batch_size)
+    )
+    for batch in tqdm(batches, f"patches at {long_side} px", unit="batch"):
+        gh, gw = (n // patch for n in batch["image"].shape[1:])
+        tokens = np.asarray(encoder(batch["image"], batch["size"])["patches"], np.float16)
+        tokens = tokens.reshape(len(tokens), gh, gw, -1)
+        for i, place in enumerate(batch["place"]):
+            if place >= 0:
+                h, w = -(-batch["size"][i] // patch)
+                scale = long_side / max(shapes[place])
+                yield int(places[place]), tokens[i, :h, :w], batch["tissue"][i, :h, :w], float(scale)

@@ -27,14 +27,14 @@ def handmade(image: np.ndarray, mm_per_px: float = 1.0) -> np.ndarray:
     ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if len(ys):  # a frame of background: the mask's edge is an edge there too
         image = np.pad(image[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1], 1)
-    parts = [_size(image > 0, mm_per_px), _histogram(image)]
+    parts = [size(image > 0, mm_per_px), _histogram(image)]
     parts += [_contrast(image, half) for half in SCALES]
     parts += [_gradient(image)]
     parts += [_patterns(image, radius) for radius in LBP_RADII]
     return np.concatenate(parts).astype(np.float32)
 
 
-def _size(mask, mm: float) -> list[float]:
+def size(mask, mm: float) -> list[float]:
     """Area (mm2), height, width (mm), share of the bounding box, and perimeter squared over area."""
     area = float(mask.sum())
     if not area:

@@ -4,18 +4,24 @@ n items, D features, C classes. Features are standardised by the mean and deviat
 """
 
 import dataclasses
+import hashlib
+import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 
 from mammodino_jax.errors import UserError
+from mammodino_jax.evaluate.features import save
 from mammodino_jax.evaluate.metrics import Scored
 
 NEIGHBOURS = 20  # DINO's k-NN: k = 20, temperature 0.07 (Caron et al. 2021); nothing is tuned
 TEMPERATURE = 0.07
 STRENGTHS = tuple(float(c) for c in np.logspace(-5, 2, 8))  # C = 1 / L2 of the linear probe
+SHARES = (0.01, 0.05, 0.1, 1.0)  # of the patients with labels, in few-label curves
+CACHE_VERSION = 1  # raised where the same features and settings give other scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Fold:
     train: np.ndarray
     val: np.ndarray
     test: np.ndarray
+    repeat: int = 0  # of the cross-validation, each with parts of its own
 
 
 def check_patients(patient, split) -> None:
@@ -51,23 +58,50 @@ def official_fold(split, task: str) -> list[Fold]:
     return [Fold(**places)]
 
 
-def cross_folds(label, patient, count: int, seed: int, task: str) -> list[Fold]:
-    """Patient-grouped, label-stratified parts: each tests once, and validates for the fold before it."""
+def cross_folds(label, patient, count: int, seed: int, task: str, repeats: int = 1) -> list[Fold]:
+    """Patient-grouped, label-stratified parts: each tests once, and validates for the fold before it.
+
+    Every repeat draws parts of its own.
+
+    Raises:
+      UserError: too few folds, or too few patients or items for them.
+    """
     patients, largest = len(np.unique(patient)), int(np.bincount(label).max())
     if count < 3 or min(patients, largest) < count:
         raise UserError(
             f'--folds {count} does not suit task "{task}" of {patients} patients and {largest} items in its '
             "largest class: 3 folds or more, and no more than either, can be drawn"
         )
-    splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():  # a fold without a rare class is counted where AUCs are computed
-        warnings.filterwarnings("ignore", "The least populated class")
-        parts = [test for _, test in splitter.split(np.zeros(len(label)), label, patient)]
     folds = []
-    for i, test in enumerate(parts):
-        val = parts[(i + 1) % count]
-        folds.append(Fold(np.setdiff1d(np.arange(len(label)), np.concatenate([test, val])), val, test))
+    for repeat in range(repeats):
+        splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed + repeat)
+        with warnings.catch_warnings():  # a fold without a rare class is counted where AUCs are computed
+            warnings.filterwarnings("ignore", "The least populated class")
+            parts = [test for _, test in splitter.split(np.zeros(len(label)), label, patient)]
+        for i, test in enumerate(parts):
+            val = parts[(i + 1) % count]
+            train = np.setdiff1d(np.arange(len(label)), np.concatenate([test, val]))
+            folds.append(Fold(train, val, test, repeat))
     return folds
+
+
+def few(fold: Fold, label, patient, share: float, seed: int) -> Fold:
+    """The fold with labels of a share of its training and of its validation patients; the test is the same.
+
+    At least one patient a class is kept, and a larger share contains the smaller ones.
+    """
+    if share >= 1:
+        return fold
+    rng, parts = np.random.default_rng([seed, fold.repeat]), []
+    for part in (fold.train, fold.val):
+        patients = np.unique(patient[part].astype(str))
+        order = rng.permutation(patients)
+        kept = set(order[: max(1, round(share * len(order)))])
+        for c in np.unique(label[part]):
+            of_class = set(patient[part][label[part] == c].astype(str))
+            kept.add(next(p for p in order if p in of_class))
+        parts.append(part[np.isin(patient[part].astype(str), list(kept))])
+    return dataclasses.replace(fold, train=parts[0], val=parts[1])
 
 
 def standardise(x_nD: np.ndarray, train: np.ndarray) -> np.ndarray:
@@ -78,13 +112,13 @@ def standardise(x_nD: np.ndarray, train: np.ndarray) -> np.ndarray:
     return np.where(constant, 0, (x - mean) / np.where(constant, 1, deviation))
 
 
-def majority(x_nD, label_n, fold: Fold, classes: int):
+def majority(x_nD, label_n, fold: Fold, classes: int, seed: int = 0):
     """The most frequent class of the training part for everyone: AUC 0.5 by construction."""
     score = np.zeros((len(fold.test), classes))
     return score, np.full(len(fold.test), np.bincount(label_n[fold.train]).argmax()), {}
 
 
-def knn(x_nD, label_n, fold: Fold, classes: int):
+def knn(x_nD, label_n, fold: Fold, classes: int, seed: int = 0):
     """k nearest neighbours by cosine; a neighbour's vote weighs exp(cosine / T).
 
     Returns:
@@ -105,7 +139,7 @@ def knn(x_nD, label_n, fold: Fold, classes: int):
     return score, predicted, {"k": k}
 
 
-def linear(x_nD, label_n, fold: Fold, classes: int):
+def linear(x_nD, label_n, fold: Fold, classes: int, seed: int = 0):
     """Logistic regression, classes weighted equally; L2 by the balanced log-loss on the validation part.
 
     Returns:
@@ -141,11 +175,42 @@ def _balanced_log_loss(model, x_nD, label_n) -> float:
 PROBES = {"kNN": knn, "linear": linear}
 
 
-def run(probe, x_nD, label_n, patient_n, folds: list[Fold], classes: int) -> tuple[list[Scored], list[dict]]:
-    """Train and test a probe on every fold; the settings it chose come second."""
+def run(
+    probe,
+    x,
+    label_n,
+    patient_n,
+    folds: list[Fold],
+    classes: int,
+    seed: int = 0,
+    cache: Path | None = None,
+    key: str = "",
+) -> tuple[list[Scored], list[dict]]:
+    """Train and test a probe on every fold; the settings it chose come second.
+
+    Args:
+      cache: a folder; scores of the same features (`key`, or x itself), labels, folds, seed come from it.
+    """
     tested, settings = [], []
     for fold in folds:
-        score, predicted, chosen = probe(x_nD, label_n, fold, classes)
+        file = None
+        if cache:
+            digest = hashlib.sha256(repr((CACHE_VERSION, probe.__name__, classes, seed, key)).encode())
+            arrays = (label_n, fold.train, fold.val, fold.test, *(() if key else (x,)))
+            for a in arrays:
+                digest.update(np.ascontiguousarray(a).tobytes())
+            file = cache / f"probe-{digest.hexdigest()[:32]}.npz"
+        if file and file.is_file():
+            with np.load(file) as found:
+                score, predicted, chosen = (
+                    found["score"],
+                    found["predicted"],
+                    json.loads(str(found["chosen"])),
+                )
+        else:
+            score, predicted, chosen = probe(x, label_n, fold, classes, seed)
+            if file:
+                save(file, score=score, predicted=predicted, chosen=json.dumps(chosen))
         tested.append(Scored(patient_n[fold.test], label_n[fold.test], score, predicted))
         settings.append(chosen)
     return tested, settings

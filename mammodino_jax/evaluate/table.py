@@ -1,9 +1,18 @@
 """The Markdown table of an evaluation."""
 
+from collections.abc import Iterable
+
 LEGEND = (
     "Transductive: pretraining saw test patients. Not computed: a training or test part lacks a class. "
-    "No interval: most draws of patients lack one."
+    "No interval: most draws of patients lack one. -: of two classes only."
 )
+COLUMNS = {  # metrics beside the AUC
+    "average_precision": "average precision",
+    "balanced_accuracy": "balanced accuracy",
+    "sensitivity_at_90_specificity": "sensitivity at 90 % specificity",
+    "pf1": "pF1",
+}
+HEAD = ["features", "probe", "input", "AUC [95 %]", *COLUMNS.values(), ""]
 
 
 def markdown(results: dict) -> str:
@@ -11,22 +20,19 @@ def markdown(results: dict) -> str:
     settings = results["settings"]
     lines = [f"# {results['title']}", "", results["note"], ""]
     grouping = (
-        f"{settings['folds']}-fold cross-validation, patients kept together, AUC averaged over folds"
+        f"{settings['folds']}-fold cross-validation, patients kept together, metrics averaged over folds"
         if settings["folds"]
         else "splits of the index (train, val, test)"
     )
     lines += [
-        f"Probes on frozen features; {grouping}. AUC is macro one-vs-rest where there are more than two "
-        f"classes; intervals: 95 %, {settings['draws']} draws of test patients. {LEGEND}",
+        f"Probes on frozen features; {grouping}. AUC and average precision are macro one-vs-rest where there "
+        f"are more than two classes; intervals: 95 %, BCa bootstrap of {settings['draws']} draws of test "
+        f"patients; seeds: standard deviation over repeats with other folds, apart from the interval. {LEGEND}",
         "",
     ]
     for task in results["tasks"]:
         lines += [f"## {task['task']}", "", tested(task), ""]
-        lines += [
-            "| features | probe | input | AUC [95 %] | balanced accuracy | |",
-            "|---|---|---|---|---|---|",
-        ]
-        lines += [f"| {' | '.join(cells(row))} |" for row in task["rows"]] + [""]
+        lines += grid(HEAD, map(cells, task["rows"])) + [""]
     if results["absent_tasks"]:
         lines += [f"Not asked, no such images in the data: {', '.join(results['absent_tasks'])}.", ""]
     if results["data"]["records_left_out"]:
@@ -40,21 +46,38 @@ def tested(task: dict) -> str:
     return f"{task['test_items']} test items ({by_class}) of {task['test_patients']} patients."
 
 
+def grid(head: list[str], rows: Iterable[list[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def estimate(metric: dict) -> str:
+    """A metric with its interval."""
+    if metric["value"] is None:
+        return "not computed"
+    interval = f" [{metric['low']:.3f}, {metric['high']:.3f}]" if metric["low"] is not None else ""
+    return f"{metric['value']:.3f}{interval}"
+
+
 def cells(row: dict) -> list[str]:
-    """A row of results as text: features, probe, input, AUC, balanced accuracy, remarks."""
+    """A row of results as text, under `HEAD`."""
     spacing = f", {row['mm_per_px']:.2f} mm/px" if row["mm_per_px"] else ""
-    interval = f" [{row['low']:.3f}, {row['high']:.3f}]" if row["low"] is not None else ""
-    said = {"yes": "transductive", "unknown": "pretraining patients unknown"}
-    remarks = [said[row["seen"]]] if row["seen"] in said else []
-    if row["auc"] is not None and row["low"] is None:
+    metrics, remarks = row["metrics"], list(row["remarks"])
+    auc = metrics["auc"]
+    if auc["value"] is not None and auc["low"] is None:
         remarks.append("no interval: too few patients")
     if row["not_computed"]:
         remarks.append(f"{row['not_computed']} fold AUCs not computed")
+    seeds = f", seeds ±{auc['seed_std']:.3f}" if auc["seed_std"] is not None else ""
     return [
         row["features"],
         row["probe"] if row["probe"] != "none" else "-",
         f"{row['long_side']} px{spacing}" if row["long_side"] else "-",
-        f"{row['auc']:.3f}{interval}" if row["auc"] is not None else "not computed",
-        f"{row['balanced_accuracy']:.3f}",
+        estimate(auc) + seeds,
+        *(_value(metrics[name]) if name in metrics else "-" for name in COLUMNS),
         "; ".join(remarks),
     ]
+
+
+def _value(metric: dict) -> str:
+    return estimate({**metric, "low": None})

@@ -23,13 +23,9 @@ from mammodino_jax import metrics
 from mammodino_jax.data.index import open_split
 from mammodino_jax.encoder import load_encoder
 from mammodino_jax.evaluate import probes
-from mammodino_jax.evaluate.features import (
-    encoder_features,
-    extract,
-    handmade_features,
-    read_items,
-    untrained,
-)
+from mammodino_jax.evaluate.baselines import extractor
+from mammodino_jax.evaluate.features import encoder_extractor, record_features, untrained
+from mammodino_jax.evaluate.items import group, read_rows
 from mammodino_jax.evaluate.metrics import summarise
 from mammodino_jax.train import train
 
@@ -105,30 +101,36 @@ def recipe(name: str, two_stages: bool, weights: str, data: Path, seed: int):
 
 def score(features, items, folds, label: str) -> dict[str, dict]:
     """{probe: summary} of features, one array for all folds or one a fold."""
-    y, out = items.labels[label], {}
+    y, out = items.label(label), {}
     for probe in ("kNN", "linear"):
         tested = []
         for number, fold in enumerate(folds):
             x = features[number] if isinstance(features, list) else features
             tested += probes.run(probes.PROBES[probe], x, y, items.patient, [fold], y.max() + 1)[0]
-        out[probe] = summarise(tested, 2000, 0)
+        out[probe] = summarise(tested, 2000, 0, ("auc",))["auc"]
     return out
+
+
+def whole(rows, read) -> np.ndarray:
+    """All features of every film side by side."""
+    return np.concatenate(list(record_features(rows, read, LONG_SIDE).values()), axis=1)
 
 
 def run_line(shared: Path, folder: Path, seed: int, count: int = 5) -> dict[str, dict]:
     """Features of every row of the table, probed: {row: {task: {probe: summary}}}."""
     weights = f"hub:{shared / 'weights/dinov2_vits14_hub_fp16.safetensors'}"
     everything = build_films(shared, folder)
-    items = read_items([everything])
-    joint = items.labels["density"] * 2 + items.labels["abnormal"]
+    rows = read_rows([everything])
+    items = group(rows)
+    joint = items.label("density") * 2 + items.label("abnormal")
     folds = probes.cross_folds(joint, items.patient, count, 0, "mini-MIAS")
     start = load_encoder(weights)
-    functions = {
-        "hand-made": handmade_features(),
-        "random init": encoder_features(untrained(start, seed)),
-        "frozen start (DINOv2 ViT-S/14)": encoder_features(start),
+    readers = {
+        "hand-made": extractor("hand-made", 14),
+        "random init": encoder_extractor(untrained(start, seed)),
+        "frozen start (DINOv2 ViT-S/14)": encoder_extractor(start),
     }
-    features = dict(extract([everything], items, functions, LONG_SIDE, 14, 16))
+    features = {name: whole(rows, read) for name, read in readers.items()}
     for name, (terms, two_stages) in TRAINED.items():
         features[name] = []
         for number, fold in enumerate(folds):
@@ -140,8 +142,7 @@ def run_line(shared: Path, folder: Path, seed: int, count: int = 5) -> dict[str,
             train(recipe(terms, two_stages, weights, data, seed), workdir)
             rows = metrics.read(workdir / "metrics.jsonl")
             assert len(rows) == STEPS and not any(r["bad"] for r in rows)
-            function = {"x": encoder_features(load_encoder(str(workdir)))}
-            features[name].append(extract([everything], items, function, LONG_SIDE, 14, 16)["x"])
+            features[name].append(whole(rows, encoder_extractor(load_encoder(str(workdir)))))
             print(f"   ({name}, fold {number}: loss {rows[0]['loss']:.2f} to {rows[-1]['loss']:.2f}, "
                   f"{time.perf_counter() - began:.0f} s)", flush=True)  # fmt: skip
     return {
@@ -161,8 +162,8 @@ def test_line_07_continuation(shared, tmp_path, seed):
     for name, tasks in table.items():
         for task, by_probe in tasks.items():
             cells = [
-                f"{s['auc']:.3f} [{s['low']:.3f}, {s['high']:.3f}]"
+                f"{s['value']:.3f} [{s['low']:.3f}, {s['high']:.3f}]"
                 for s in (by_probe["linear"], by_probe["kNN"])
             ]
             print(f"   | {name} | {task} | {' | '.join(cells)} |")
-            assert all(np.isfinite(s["auc"]) for s in by_probe.values())
+            assert all(np.isfinite(s["value"]) for s in by_probe.values())

@@ -416,21 +416,18 @@ def test_letterbox_keeps_aspect_and_exact_coverage(make):
     np.testing.assert_array_equal(letterbox(full, 56, 56, 14)[1], np.repeat([[1, 1, 0, 0]], 4, 0))
 
 
-def test_evaluation_gives_every_row_once_in_order(make, tmp_path):
-    images = [make.breast(40 + i, 30, i) for i in range(7)]
-    splits = ["train", "val", "train", "test", "train", "val", "train"]
-    items = [
-        (x, make.row(x, f"i{i}", split=s, flags=["stereo"]))
-        for i, (x, s) in enumerate(zip(images, splits, strict=True))
-    ]
-    folder = make.write_dataset(tmp_path / "set", items)
-    ordered = [i for split in ("train", "val", "test") for i in range(7) if splits[i] == split]  # as written
-    found = list(make_eval_batches(folder, ("train", "test"), height=56, width=42, batch_size=3))
-    rows = np.concatenate([b["row"] for b in found])
-    assert rows.tolist() == [0, 1, 2, 3, 6, -1]
-    stacked = np.concatenate([b["image"] for b in found])
-    assert stacked.shape == (6, 56, 42) and not stacked[5].any()
-    for image, row in zip(stacked[:5], rows, strict=False):
-        np.testing.assert_array_equal(image, letterbox(images[ordered[row]], 56, 42, 14)[0])
-    with pytest.raises(UserError, match="multiple of patch 14"):
-        make_eval_batches(folder, ("train",), height=50, width=42, batch_size=3)
+def test_evaluation_gives_every_image_once_in_canvases_of_its_aspect(make):
+    images = [make.breast(40 + i, 30, i) for i in range(5)] + [make.breast(28, 56, i) for i in range(3)]
+    shapes = [image.shape for image in images]
+    ask = dict(long_side=56, patch=14, batch_size=lambda patches: 3)
+    found = list(make_eval_batches(lambda i: images[i], shapes, step=2, **ask))
+    assert [b["image"].shape for b in found] == [(3, 28, 56), (3, 56, 56), (3, 56, 56)]
+    places = np.concatenate([b["place"] for b in found])
+    assert places.tolist() == [5, 6, 7, 0, 1, 2, 3, 4, -1]
+    stacked = {p: (b["image"][i], b["size"][i]) for b in found for i, p in enumerate(b["place"])}
+    for place, image in enumerate(images):
+        canvas, size = stacked[place]
+        np.testing.assert_array_equal(canvas, letterbox(image, *canvas.shape, 14)[0])
+        assert size.tolist() == [round(s * 56 / max(image.shape)) for s in image.shape]
+    with pytest.raises(UserError, match="multiple of the patch size 14"):
+        make_eval_batches(lambda i: images[i], shapes, **(ask | {"long_side": 50}))

@@ -47,9 +47,9 @@ def items(patients=20, views=("CC", "MLO"), slices=3):
     return out
 
 
-def write(folder: Path, content) -> Path:
+def write(folder: Path, content, **prep) -> Path:
     """Write a built data set whose index keeps its label columns."""
-    make_dataset.write_dataset(folder, content, terms={"test": "made for tests"})
+    make_dataset.write_dataset(folder, content, terms={"test": "made for tests"}, **prep)
     rows = [row for split in ("train", "val", "test") for _, row in content if row["split"] == split]
     table = pq.read_table(folder / "index.parquet")
     for name in sorted({n for row in rows for n in row if n.startswith("label_")}):

@@ -1,0 +1,461 @@
+"""Dense probe: do patch features tell lesions from the tissue around them, and find them in the image?
+
+k lesions, n units (an image, or a tomosynthesis volume), c candidates, D width, W bootstrap draws, gh x gw
+patches. Boxes are (y0, x0, y1, x1). A patch is tissue where half of it or more is.
+"""
+
+import collections
+import dataclasses
+import functools
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from scipy.ndimage import binary_dilation, gaussian_filter, maximum_filter
+from scipy.special import expit
+from sklearn.linear_model import LogisticRegression
+
+from mammodino_jax.evaluate.features import mm_per_px, patch_grids
+from mammodino_jax.evaluate.metrics import auc
+from mammodino_jax.evaluate.resample import figure, mean_figure, patient_weights
+
+UNITS = ("image", "volume")
+PATCHES = 256  # of lesions, and of tissue, that an image gives to the fit; tests use all
+FIT = 100_000  # patches in a fit
+STRENGTHS = (1e-5, 1e-3, 1e-1)  # C = 1 / L2, chosen by the AUC within validation images
+NORMALS = {"image": 1000, "volume": 100}  # tested units without a finding, at most
+WINDOW = 0.15  # of the height: how far from its own place a patch may look like one of the other breast
+RATES = (1, 2, 3, 4)  # false positives a unit; DBTex averages over these
+SUPPRESS = 0.05  # of the long side: candidates closer than this to a better one are dropped
+DBT_REACH, DBT_DEPTH = 100, 1 / 4  # DBTex's rule: source px, and share of the volume's slices
+HELD = 256  # records whose patches may be in memory at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Lesions:
+    """Located findings, one for each different box of a record.
+
+    Attributes:
+      record: i64 [k], place in the rows.
+      box: f64 [k, 4], in pixels of the record, beyond which it may reach.
+      unlocated: i64, a record of each finding whose box or slice is unknown.
+      elsewhere: number of findings of records that are not in use.
+    """
+
+    record: np.ndarray
+    box: np.ndarray
+    unlocated: np.ndarray
+    elsewhere: int
+
+
+def lesions(rows) -> Lesions:
+    """Read findings.parquet of every folder, as far as there is one."""
+    ids = [rows.columns[name] for name in ("image_id", "volume_id", "slice_index")]
+    located, unlocated, elsewhere = [], [], 0
+    for number, folder in enumerate(rows.folders):
+        path = Path(folder) / "findings.parquet"
+        if not path.is_file():
+            continue
+        by_image, by_slice, by_volume = {}, {}, {}
+        for i in np.flatnonzero(rows.source == number):
+            image, volume, index = (column[i] for column in ids)
+            by_image[image] = i
+            if volume is not None:
+                by_slice[volume, index] = i
+                by_volume.setdefault(volume, i)
+        for f in pq.read_table(path).to_pylist():
+            box = [f[f"record_{name}"] for name in ("y0", "x0", "y1", "x1")]
+            i = by_image.get(f["image_id"], by_slice.get((f["volume_id"], f["slice_index"])))
+            if i is not None and None not in box:
+                located.append((i, *box))
+            elif (i := by_volume.get(f["volume_id"]) if i is None else i) is not None:
+                unlocated.append(i)
+            else:
+                elsewhere += 1
+    # a box with two categories is two findings and one lesion
+    located = np.unique(np.array(located, np.float64).reshape(-1, 5), axis=0)
+    return Lesions(located[:, 0].astype(np.int64), located[:, 1:], np.array(unlocated, np.int64), elsewhere)
+
+
+@dataclasses.dataclass(frozen=True)
+class GreyPatches:
+    """What an encoder has to beat: mean and deviation of the grey levels of each patch; no learnt weights."""
+
+    patch_size: int = 14
+    long_side: int = 1036
+    name: str = "grey level of patches"
+    dim: int = 3
+    vit: None = None
+    fingerprint: str = "grey patches 1"
+
+    def __call__(self, images, sizes=None) -> dict[str, np.ndarray]:
+        """u8 [B, H, W] -> {"patches": f32 [B, N, 3]}; the third is constant, so that cosines see levels."""
+        B, H, W = images.shape
+        p = self.patch_size
+        cells = np.float32(images).reshape(B, H // p, p, W // p, p) / 255
+        mean, deviation = cells.mean((2, 4)), cells.std((2, 4))
+        return {"patches": np.stack([mean, deviation, np.ones_like(mean)], axis=-1).reshape(B, -1, 3)}
+
+
+def patch_labels(box_k4, tissue) -> tuple[np.ndarray, np.ndarray]:
+    """Which patches are lesion, and which are tissue apart from lesions.
+
+    Lesion: tissue of which a box covers half or more, or that holds half or more of a box smaller than a
+    patch; the centre's patch where there is none. Between both lies a margin of one patch that is neither.
+
+    Args:
+      box_k4: in patches.
+      tissue: share of each patch, [gh, gw].
+
+    Returns:
+      bool [gh, gw] each.
+    """
+    inside = tissue >= 0.5
+    lesion, touched = np.zeros_like(inside), np.zeros_like(inside)
+    for y0, x0, y1, x1 in box_k4:
+        cover = np.outer(_overlap(y0, y1, len(tissue)), _overlap(x0, x1, tissue.shape[1]))
+        own = (cover >= min(1, max((y1 - y0) * (x1 - x0), 1e-9)) / 2) & inside
+        centre = int((y0 + y1) // 2), int((x0 + x1) // 2)
+        if not own.any() and all(0 <= c < s for c, s in zip(centre, tissue.shape, strict=True)):
+            own[centre] = tissue[centre] > 0
+        lesion |= own
+        touched |= own | (cover > 0)
+    return lesion, inside & ~binary_dilation(touched, np.ones((3, 3)))
+
+
+def _overlap(low: float, high: float, count: int) -> np.ndarray:
+    edges = np.arange(count + 1)
+    return np.clip(np.minimum(edges[1:], high) - np.maximum(edges[:-1], low), 0, None)
+
+
+def within_image(score, lesion, tissue) -> tuple[float, float]:
+    """AUC of lesion against tissue patches, and the percentile of the best lesion patch among the latter.
+
+    NaN where there are none of either.
+    """
+    if not lesion.any() or not tissue.any():
+        return float("nan"), float("nan")
+    positive, negative = score[lesion], score[tissue]
+    area = auc(np.r_[np.ones(len(positive)), np.zeros(len(negative))], np.r_[positive, negative])[0]
+    best = positive.max()
+    return float(area), float((negative < best).mean() + (negative == best).mean() / 2)
+
+
+def left_right(tokens, tissue, other_tokens, other_tissue) -> np.ndarray:
+    """1 - cosine with the most similar patch around the same place of the other breast: [gh, gw].
+
+    Records have the chest wall on the left, so the place is that of the mirrored breast, with heights from
+    the upper end and distances from the chest wall in shares of the height. A patch in whose window the
+    other breast has no tissue is compared with all of it.
+    """
+    tokens, other = _unit(tokens), _unit(other_tokens)[other_tissue >= 0.5]
+    gh, gw = tissue.shape
+    y, x = (np.nonzero(other_tissue >= 0.5) + np.full((2, 1), 0.5)) / len(other_tissue)
+    out = np.zeros((gh, gw))
+    for row in range(gh):
+        near = np.abs((np.arange(gw)[:, None] + 0.5) / gh - x) <= WINDOW
+        near &= np.abs((row + 0.5) / gh - y) <= WINDOW
+        near |= ~near.any(axis=1, keepdims=True)
+        out[row] = 1 - np.where(near, tokens[row] @ other.T, -1).max(axis=1)
+    return out
+
+
+def mean_distance(tokens, tissue) -> np.ndarray:
+    """1 - cosine with the mean of the image's tissue patches: [gh, gw]."""
+    mean = tokens[tissue >= 0.5].astype(np.float32).mean(axis=0)
+    return 1 - _unit(tokens) @ _unit(mean)
+
+
+def _unit(x) -> np.ndarray:
+    x = np.asarray(x, np.float32)
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
+
+
+def contralateral(rows) -> dict[int, int]:
+    """{record: the record of the other breast} in the same view, kind and study; slices at equal depth.
+
+    Where the study is unknown it is the patient's only one.
+    """
+    names = ("patient_id", "study_id", "kind", "view", "laterality", "slice_index", "num_slices")
+    table = list(zip(*(rows.columns[name] for name in names), strict=True))
+    depth = [s / max(count - 1, 1) if count == count else 0.0 for *_, s, count in table]
+    sides = collections.defaultdict(list)
+    for i, (*where, side, _, _) in enumerate(table):
+        sides[*where, side].append(i)
+    found = {}
+    for i, (patient, study, kind, view, side, _, _) in enumerate(table):
+        others = sides.get((patient, study, kind, view, {"L": "R", "R": "L"}.get(side)))
+        if others and view is not None:
+            found[i] = min(others, key=lambda j: abs(depth[j] - depth[i]))
+    return found
+
+
+def peaks(probability, tissue) -> np.ndarray:
+    """Local maxima of the smoothed probability on tissue: (y, x, score) in patches, f64 [c, 3]."""
+    inside = tissue >= 0.5
+    weight = gaussian_filter(inside.astype(float), 1)
+    smooth = gaussian_filter(np.where(inside, probability, 0), 1) / np.maximum(weight, 1e-6)
+    smooth = np.where(inside, smooth, -1)
+    y, x = np.nonzero(inside & (smooth == maximum_filter(smooth, 3)))
+    return np.stack([y + 0.5, x + 0.5, smooth[y, x]], axis=1)
+
+
+def suppress(found_c4, radius: float, depth: float) -> np.ndarray:
+    """Non-maximum suppression of (z, y, x, score): no two that are kept lie within radius and depth."""
+    rest, kept = found_c4[np.argsort(-found_c4[:, 3], kind="stable")], []
+    while len(rest):
+        kept.append(rest[0])
+        far = np.hypot(*(rest[:, 1:3] - rest[0, 1:3]).T) > radius
+        rest = rest[1:][(far | (np.abs(rest[:, 0] - rest[0, 0]) > depth))[1:]]
+    return np.array(kept).reshape(-1, 4)
+
+
+def froc(candidates_c5, truths_k6, weights_Wn, rates=RATES) -> np.ndarray:
+    """Sensitivity at the lowest threshold with no more than so many false positives a unit.
+
+    A candidate hits a lesion of its unit if its centre lies within `reach` of the lesion's, and its slice
+    within `depth`. One that hits no lesion is a false positive; several hits of a lesion count once.
+
+    Args:
+      candidates_c5: (unit, z, y, x, score); units are numbers 0..n-1.
+      truths_k6: (unit, z, y, x, reach, depth).
+      weights_Wn: how often each unit counts; several weightings at once.
+      rates: false positives a unit.
+
+    Returns:
+      f64 [W, len(rates)]; NaN where no lesion counts.
+    """
+    unit_c, score_c = candidates_c5[:, 0].astype(int), candidates_c5[:, 4]
+    false, best_k = np.ones(len(candidates_c5), bool), np.full(len(truths_k6), -np.inf)
+    for k, (unit, z, y, x, reach, depth) in enumerate(truths_k6):
+        mine = np.flatnonzero(unit_c == unit)
+        at = candidates_c5[mine]
+        hit = mine[(np.hypot(at[:, 2] - y, at[:, 3] - x) <= reach) & (np.abs(at[:, 1] - z) <= depth)]
+        false[hit] = False
+        best_k[k] = score_c[hit].max(initial=-np.inf)
+    # a lesion is found at a rate if the false positives that score no lower are no more than that
+    above_nk = np.zeros((weights_Wn.shape[1], len(best_k)))
+    for unit in np.unique(unit_c[false]):
+        scores = np.sort(score_c[false & (unit_c == unit)])
+        above_nk[unit] = len(scores) - np.searchsorted(scores, best_k)
+    rate_Wk = weights_Wn @ above_nk / np.maximum(weights_Wn.sum(axis=1, keepdims=True), 1e-9)
+    counts_Wk = weights_Wn[:, truths_k6[:, 0].astype(int)]
+    found = [counts_Wk * (np.isfinite(best_k) & (rate_Wk <= rate)) for rate in rates]
+    with np.errstate(invalid="ignore"):
+        return np.stack([f.sum(axis=1) for f in found], axis=1) / counts_Wk.sum(axis=1)[:, None]
+
+
+@dataclasses.dataclass
+class _Fit:
+    """A logistic regression on standardised tokens, as one product with the tokens themselves."""
+
+    weight: np.ndarray  # f32 [D]
+    bias: float
+    strength: float
+
+    def __call__(self, tokens) -> np.ndarray:
+        return tokens.astype(np.float32) @ self.weight + self.bias
+
+
+def _fit(samples: dict, train, val, seed: int) -> _Fit | None:
+    """Choose the L2 by the mean AUC within validation images; without any, the strongest is taken.
+
+    Args:
+      samples: {record: (tokens f16 [m, D], lesion bool [m])}.
+      train, val: records.
+
+    Returns:
+      None where the training part has no lesion.
+    """
+    parts = [samples[i] for i in train if i in samples]
+    if not parts:
+        return None
+    x, y = (np.concatenate(part) for part in zip(*parts, strict=True))
+    kept = np.sort(np.random.default_rng(seed).permutation(len(y))[:FIT])
+    x, y = x[kept].astype(np.float32), y[kept]
+    mean, deviation = x.mean(axis=0), x.std(axis=0)
+    scale = np.where(deviation > 1e-6, 1 / np.maximum(deviation, 1e-6), 0)
+    best, found = -1.0, None
+    for strength in STRENGTHS:  # ascending: a tie keeps the stronger L2
+        model = LogisticRegression(C=strength, class_weight="balanced", max_iter=1000)
+        weight = model.fit((x - mean) * scale, y).coef_[0] * scale
+        fit = _Fit(weight.astype(np.float32), float(model.intercept_[0] - mean @ weight), strength)
+        areas = [auc(lesion, fit(tokens))[0] for tokens, lesion in (samples[i] for i in val if i in samples)]
+        if (area := np.mean(areas) if areas else 0.0) > best:
+            best, found = area, fit
+    return found
+
+
+def _samples(grids, patch: int, boxes: dict, seed: int) -> dict:
+    """{record: (tokens f16 [m, D], lesion bool [m])} of records that have both lesion and tissue patches."""
+    found = {}
+    for i, tokens, tissue, scale in grids(list(boxes)):
+        rng, taken = np.random.default_rng([seed, i]), []
+        for part in patch_labels(boxes[i] * scale / patch, tissue):
+            taken.append(rng.permutation(np.flatnonzero(part))[:PATCHES])
+        if all(map(len, taken)):
+            x = tokens.reshape(-1, tokens.shape[-1])[np.concatenate(taken)]
+            found[i] = x, np.arange(len(x)) < len(taken[0])
+    return found
+
+
+def _truths(rows, unit: str, number: dict[int, int], boxes: dict, items) -> np.ndarray:
+    """Lesions as `froc` takes them. Images: the centre within half the diagonal of the box."""
+    out, c = [], rows.columns
+    for i, own in boxes.items():
+        for y0, x0, y1, x1 in own if items.item[i] in number else ():
+            reach, z, depth = np.hypot(y1 - y0, x1 - x0) / 2, 0, 0
+            if unit == "volume":
+                source = c["height"][i] / (c["box_y1"][i] - c["box_y0"][i])  # record px of a source px
+                reach = max(reach, DBT_REACH * source)
+                z, depth = c["slice_index"][i], DBT_DEPTH * c["num_slices"][i]
+            out.append((number[items.item[i]], z, (y0 + y1) / 2, (x0 + x1) / 2, reach, depth))
+    return np.array(out, np.float64).reshape(-1, 6)
+
+
+def _normals(rows, unit: str, items, tested, found: Lesions, seed: int) -> list[int]:
+    """Tested items of this kind of unit that have no finding at all, at most NORMALS of them."""
+    marked = np.concatenate([found.record, found.unlocated])
+    if "lesion" in rows.labels:
+        marked = np.concatenate([marked, np.flatnonzero(rows.labels["lesion"] > 0)])
+    clear = np.setdiff1d(tested, items.item[marked])
+    clear = clear[(items.kind[clear] == "dbt") == (unit == "volume")]
+    return sorted(np.random.default_rng(seed).permutation(clear)[: NORMALS[unit]].tolist())
+
+
+def run(rows, encoder, long_side: int, items, folds, draws: int, seed: int, batch_size: int = 0) -> dict:
+    """Probe the patch features of an encoder (or of `GreyPatches`) on all located findings.
+
+    Images are encoded twice: first those with lesions for the fit, then all that are tested.
+
+    Args:
+      rows, items: records, and the items of level "image" that they make up.
+      folds: of places in items; patients do not cross them.
+
+    Returns:
+      "rows": one for single images and one for tomosynthesis volumes, as far as there are lesions to fit and
+      to test on. AUCs and percentiles are means over images with lesions (repeats of one image first): a
+      logistic regression ("supervised"), and without labels the difference from the other breast
+      ("left_right") and from the image's mean ("mean_distance"). "sensitivity" by false positives a unit,
+      over all tested units; "mean_sensitivity" over 1 to 4 of them on units with lesions alone, which for
+      volumes is DBTex's. Thresholds are set within folds. "counts": what was left out.
+    """
+    found = lesions(rows)
+    boxes = collections.defaultdict(list)
+    for i, box in zip(found.record.tolist(), found.box, strict=True):
+        if items.item[i] >= 0:
+            boxes[i].append(box)
+    grids = functools.partial(patch_grids, rows, encoder=encoder, long_side=long_side, batch_size=batch_size)
+    table = []
+    for unit in UNITS:
+        of_unit = [i for i in boxes if (rows.columns["kind"][i] == "dbt") == (unit == "volume")]
+        mine = {i: np.array(boxes[i]) for i in of_unit}
+        samples = _samples(grids, encoder.patch_size, mine, seed) if mine else {}
+        inside = [
+            [[i for i in mine if items.item[i] in part] for part in (set(f.train), set(f.val))] for f in folds
+        ]
+        fits = [_fit(samples, train, val, seed) for train, val in inside]
+        usable = [(fold.test, fit) for fold, fit in zip(folds, fits, strict=True) if fit]
+        tested = np.unique(np.concatenate([test for test, _ in usable])) if usable else np.zeros(0, int)
+        mine = {i: box for i, box in mine.items() if items.item[i] in set(tested)}
+        if not mine:
+            continue
+        normal = _normals(rows, unit, items, tested, found, seed)
+        chosen = sorted({items.item[i] for i in mine} | set(normal))
+        scored, candidates = _score(rows, grids, encoder.patch_size, items, usable, mine, chosen)
+        facts = {
+            "features": encoder.name, "unit": unit, "long_side": long_side,
+            "mm_per_px": _median(mm_per_px(rows, long_side)[list(mine)]),
+            "images": len(mine), "lesions": sum(map(len, mine.values())),
+            "patients": len(np.unique(items.patient[chosen].astype(str))), "normals": len(normal),
+            "folds": len(usable), "folds_without_lesions": len(folds) - len(usable),
+            "C": [fit.strength for _, fit in usable],
+        }  # fmt: skip
+        for name, of in scored.items():
+            of = {i: np.mean(values, axis=0) for i, values in of.items() if np.isfinite(values).all()}
+            patient = rows.columns["patient_id"][list(of)]
+            for column, what in enumerate(("auc", "rank")):
+                values = [value[column] for value in of.values()]
+                facts[f"{name}_{what}"] = mean_figure(values, patient, draws, seed)
+        facts["without_lesion_patches"] = len(mine) - facts["supervised_auc"]["n"]
+        facts["without_other_breast"] = len(mine) - len(scored["left_right"])
+        table.append(facts | _sensitivity(rows, unit, items, usable, mine, chosen, candidates, draws, seed))
+    located = len(found.record)
+    counts = {"located": located, "unlocated": len(found.unlocated), "of_records_not_in_use": found.elsewhere}
+    return {"rows": table, "counts": counts}
+
+
+def _median(values) -> float | None:
+    return float(np.nanmedian(values)) if np.isfinite(values).any() else None
+
+
+def _score(rows, grids, patch: int, items, usable, boxes: dict, chosen: list[int]):
+    """Encode the chosen items, and the other breasts of images with lesions.
+
+    Returns:
+      {name: {record: [(AUC, percentile) for each fold that tests it]}} of records with lesions, and
+      {(fold, item): candidates (z, y, x, score) in record px, f64 [c, 4]}.
+    """
+    folds_of = collections.defaultdict(list)
+    for f, (test, _) in enumerate(usable):
+        for item in test:
+            folds_of[item].append(f)
+    scored = {"supervised": {}, "left_right": {}, "mean_distance": {}}
+    other, candidates, c = contralateral(rows), collections.defaultdict(list), rows.columns
+    places = np.flatnonzero(np.isin(items.item, chosen)).tolist()
+    for first in range(0, len(places), HELD):
+        part = set(places[first : first + HELD])
+        pairs = {i: other.get(i) for i in part if i in boxes}
+        needed, held = (set(pairs) | set(pairs.values())) - {None}, {}
+        for i, tokens, tissue, scale in grids(sorted(part | needed)):
+            if i in needed:
+                held[i] = tokens, tissue, scale
+            for f in folds_of[items.item[i]] if i in part else ():
+                at = peaks(expit(usable[f][1](tokens).astype(np.float64)), tissue)
+                z = np.full((len(at), 1), np.nan_to_num(c["slice_index"][i]))
+                candidates[f, items.item[i]].append(np.hstack([z, at[:, :2] * patch / scale, at[:, 2:]]))
+        for i, j in pairs.items():
+            tokens, tissue, scale = held[i]
+            parts = patch_labels(boxes[i] * scale / patch, tissue)
+            fits = [usable[f][1] for f in folds_of[items.item[i]]]
+            scored["supervised"][i] = [within_image(fit(tokens), *parts) for fit in fits]
+            scored["mean_distance"][i] = [within_image(mean_distance(tokens, tissue), *parts)]
+            if j is not None:
+                scored["left_right"][i] = [within_image(left_right(tokens, tissue, *held[j][:2]), *parts)]
+    for (f, item), found in candidates.items():
+        i = items.first[item]
+        radius = SUPPRESS * max(c["height"][i], c["width"][i])
+        depth = DBT_DEPTH * np.nan_to_num(c["num_slices"][i])
+        candidates[f, item] = suppress(np.concatenate(found), radius, depth)
+    return scored, candidates
+
+
+def _sensitivity(rows, unit, items, usable, boxes, chosen, candidates, draws: int, seed: int) -> dict:
+    """FROC figures of the candidates: thresholds within folds, lesions of all folds together."""
+    weights = patient_weights(items.patient[chosen], draws, seed)
+    weights = np.vstack([np.ones(len(chosen)), weights])  # the first: each unit once
+    with_lesion, found = {items.item[i] for i in boxes}, {}
+    for name, wanted in (("all", set(chosen)), ("located", with_lesion)):
+        hits, total = np.zeros((len(weights), len(RATES))), np.zeros((len(weights), 1))
+        for f, (test, _) in enumerate(usable):
+            inside = wanted.intersection(test)
+            places = [p for p, item in enumerate(chosen) if item in inside]
+            number = {chosen[p]: u for u, p in enumerate(places)}
+            truths = _truths(rows, unit, number, boxes, items)
+            if not len(truths):
+                continue
+            table = [
+                np.pad(candidates[f, item], ((0, 0), (1, 0)), constant_values=u) for item, u in number.items()
+            ]
+            count = weights[:, places][:, truths[:, 0].astype(int)].sum(axis=1, keepdims=True)
+            hits += np.nan_to_num(froc(np.concatenate(table), truths, weights[:, places])) * count
+            total += count
+        with np.errstate(invalid="ignore"):
+            found[name] = hits / total
+    mean = found["located"].mean(axis=1)
+    return {
+        "sensitivity": {
+            str(rate): figure(v[0], v[1:]) for rate, v in zip(RATES, found["all"].T, strict=True)
+        },
+        "mean_sensitivity": figure(mean[0], mean[1:]),
+    }

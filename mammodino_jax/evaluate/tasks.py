@@ -1,0 +1,175 @@
+"""Tasks of a benchmark over data: which items they ask, in which folds, and what probes answer."""
+
+import dataclasses
+
+import numpy as np
+
+from mammodino_jax.errors import UserError
+from mammodino_jax.evaluate import probes
+from mammodino_jax.evaluate.benchmarks import Benchmark, Task, asked_of
+from mammodino_jax.evaluate.breakdown import breakdown as cut
+from mammodino_jax.evaluate.features import aggregate
+from mammodino_jax.evaluate.items import Items, Rows, group
+from mammodino_jax.evaluate.metrics import summarise
+from mammodino_jax.evaluate.probes import Fold
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A task with its items.
+
+    Attributes:
+      chosen: i64 [m], places of the labelled items among `items`.
+      label: i64 [m], 0..C-1; classes: the label value of each of these.
+      folds: places among the m.
+    """
+
+    task: Task
+    items: Items
+    chosen: np.ndarray
+    label: np.ndarray
+    classes: np.ndarray
+    folds: list[Fold]
+
+    @property
+    def patient(self) -> np.ndarray:
+        return self.items.patient[self.chosen]
+
+    def tested(self) -> np.ndarray:
+        """bool [r]: records of the items that test."""
+        test = self.chosen[np.unique(np.concatenate([f.test for f in self.folds]))]
+        return np.isin(self.items.item, test)
+
+
+def ask(
+    benchmark: Benchmark, rows: Rows, folds: int, repeats: int, seed: int
+) -> tuple[list[Question], list[str]]:
+    """The tasks that these data can answer, and the names of those whose kind of image is not there.
+
+    Args:
+      folds: of a cross-validation over all splits; 0: the splits of the index.
+
+    Raises:
+      UserError: a label is missing from the data, or known for no item, or has one value only; folds that do
+        not suit.
+    """
+    questions, absent = [], []
+    there = ", ".join(rows.labels) or "none"
+    for task in benchmark.tasks:
+        for label in task.labels:
+            if label not in rows.labels:
+                raise UserError(f'task "{task.name}" needs the label "{label}"; labels there are: {there}')
+        items = group(rows, task.level, task.kinds)
+        if not len(items.first):
+            absent.append(task.name)
+            continue
+        chosen = np.flatnonzero(asked_of(task, rows, items))
+        classes, label = np.unique(items.label(task.label)[chosen], return_inverse=True)
+        if len(classes) < 2:
+            raise UserError(
+                f'task "{task.name}": label "{task.label}" has {len(classes)} known values over the '
+                f"{'/'.join(task.kinds)} items, two or more are needed; labels there are: {there}"
+            )
+        if folds:
+            patient = items.patient[chosen]
+            drawn = probes.cross_folds(label, patient, folds, seed, task.name, repeats)
+        else:
+            drawn = probes.official_fold(items.split[chosen], task.name)
+            if len(np.unique(label[drawn[0].test])) < 2:
+                raise UserError(
+                    f'task "{task.name}": the test split has one value of label "{task.label}" only; use '
+                    "--folds 5 to cross-validate over all splits"
+                )
+        questions.append(Question(task, items, chosen, label, classes, drawn))
+    if not questions:
+        kinds = ", ".join(sorted(set(rows.columns["kind"])))
+        raise UserError(f"the data hold {kinds} records, none of the benchmark")
+    return questions, absent
+
+
+def item_features(question: Question, entry, features: dict, parts: tuple[str, ...], how: str) -> np.ndarray:
+    """f32 [m, F] of the labelled items: the parts of an encoder side by side, or all that a baseline has."""
+    found = [features[p] for p in parts if p in features] or list(features.values())
+    return aggregate(np.concatenate(found, axis=1), entry.rows, question.items, how)[question.chosen]
+
+
+def answer(
+    question: Question, entries: list, features: dict, args, breakdown: tuple[str, ...]
+) -> tuple[dict, list]:
+    """Probe all entries on one task.
+
+    Args:
+      features: {entry name: {part: f32 [r, F]}}.
+      args: of the command line: probes, features, aggregate, few_labels, draws, seed, cache.
+
+    Returns:
+      The task's facts with a row for each entry and probe, and [(entry name, probe, its folds' Scored)].
+    """
+    task, items, folds = question.task, question.items, question.folds
+    rows, scored, few_label = [], [], {}
+    for entry in entries:
+        for name in args.probes if entry.extractor else ("none",):
+            tested, chosen = _probe(question, entry, name, features, folds, args)
+            scored.append((entry.name, name, tested))
+            metrics = summarise(tested, args.draws, args.seed)
+            rows.append({
+                "features": entry.name, "encoder": entry.spec, "kind": entry.kind, "probe": name,
+                "long_side": entry.long_side, "mm_per_px": entry.mm(question.tested()),
+                "aggregate": args.aggregate, "metrics": metrics,
+                "not_computed": metrics["auc"]["not_computed"], "chosen": chosen,
+                "remarks": list(entry.remarks),
+                "breakdown": cut(
+                    entry.rows, items, question.chosen, folds, tested, breakdown, args.draws, args.seed
+                ),
+            })  # fmt: skip
+            if args.few_labels and entry.extractor:
+                curve = few_label.setdefault(entry.name, {}).setdefault(name, [])
+                curve += _few_labels(question, entry, name, features, args)
+    test = np.concatenate([f.test for f in folds if f.repeat == 0])
+    names = dict(enumerate(items.rows.class_names.get(task.label, [])))
+    counts = np.bincount(question.label[test], minlength=len(question.classes)).tolist()
+    facts = {
+        "task": task.name, "label": task.label, "kinds": task.kinds, "level": task.level,
+        "primary": task.primary, "note": task.note, "classes": question.classes.tolist(),
+        "folds": sum(f.repeat == 0 for f in folds), "repeats": 1 + max(f.repeat for f in folds),
+        "train_items": int(np.mean([len(f.train) for f in folds])),
+        "test_items": len(test), "test_patients": len(np.unique(question.patient[test])),
+        "test_items_by_class": {
+            names.get(c, str(c)): n for c, n in zip(question.classes.tolist(), counts, strict=True)
+        },
+        "rows": rows, "few_label": few_label,
+    }  # fmt: skip
+    return facts, scored
+
+
+def _probe(question: Question, entry, name: str, features: dict, folds, args):
+    """A probe's Scored and settings on every fold."""
+    patient, classes = question.patient, len(question.classes)
+    ids = question.items.id[question.chosen]
+    if name == "none":
+        found = probes.run(probes.majority, None, question.label, patient, folds, classes)
+    else:
+        x = item_features(question, entry, features[entry.name], args.parts, args.aggregate)
+        probe = probes.PROBES[name]
+        found = probes.run(probe, x, question.label, patient, folds, classes, args.seed, args.cache)
+    tested = [
+        dataclasses.replace(t, item=ids[fold.test], repeat=fold.repeat)
+        for t, fold in zip(found[0], folds, strict=True)
+    ]
+    return tested, found[1]
+
+
+def _few_labels(question: Question, entry, name: str, features: dict, args) -> list[dict]:
+    """AUC with labels of a share of the patients that train and choose."""
+    curve = []
+    for share in probes.SHARES:
+        folds = [probes.few(f, question.label, question.patient, share, args.seed) for f in question.folds]
+        tested, _ = _probe(question, entry, name, features, folds, args)
+        auc = summarise(tested, args.draws, args.seed, ("auc",))["auc"]
+        patients = np.mean([len(np.unique(question.patient[np.r_[f.train, f.val]])) for f in folds])
+        curve.append(
+            {"share": share, "patients": int(patients)}
+            | {"auc": auc["value"]}
+            | {k: auc[k] for k in ("low", "high")}
+        )
+    return curve

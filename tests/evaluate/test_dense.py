@@ -1,0 +1,256 @@
+"""The dense probe on images whose lesions are known, and on candidates counted by hand."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from mammodino_jax.evaluate import dense
+from mammodino_jax.evaluate.items import group, read_rows
+from mammodino_jax.evaluate.probes import Fold
+
+PATCH, SIDE = 14, 280  # 20 x 12 patches an image, in which records are shown at their own size
+LESION = 28
+
+
+class Coded(dense.GreyPatches):
+    """Tokens of noise around a common mean; those of bright (lesion) patches are moved by `shift`."""
+
+    def __init__(self, shift):
+        super().__init__(name="coded", dim=8, long_side=SIDE)
+        object.__setattr__(self, "shift", shift)
+
+    def __call__(self, images, sizes=None):
+        bright = super().__call__(images)["patches"][..., 0] > 0.8
+        rng = np.random.default_rng(int(images.astype(np.int64).sum()) % 2**31)
+        x = rng.normal(0, 0.2, (*bright.shape, 8))
+        x[..., 0] += 1
+        x[bright, 1] += self.shift
+        return {"patches": x.astype(np.float32)}
+
+
+def image(make_dataset, seed, lesion=None):
+    out = np.minimum(make_dataset.breast(SIDE, 168, seed), 120)
+    if lesion is not None:
+        y, x = lesion
+        out[y : y + LESION, x : x + LESION] = 255
+    return out
+
+
+@pytest.fixture(scope="module")
+def dataset(labelled, tmp_path_factory):
+    """27 patients: left and right CC view, the left with a lesion for two in three of them, the right without;
+    and volumes of 4 slices of the same breasts with the lesion in slice 2, for the first 15."""
+    make = labelled.make_dataset
+    rng, content, findings = np.random.default_rng(0), [], []
+    for p in range(27):
+        where = PATCH * rng.integers(4, 14), PATCH * rng.integers(1, 5)
+        split = ("train", "val", "test")[p % 3]
+        box = dict(zip(("record_y0", "record_x0"), where, strict=True))
+        box |= {"record_y1": where[0] + LESION, "record_x1": where[1] + LESION}
+        ids = {"patient_id": f"p{p}", "view": "CC", "split": split}
+        for side in "LR":
+            seen = where if side == "L" and p % 9 < 6 else None
+            picture, name = image(make, p, seen), f"{p}{side}"
+            content.append((picture, make.row(picture, name, laterality=side, **ids)))
+            if seen:
+                findings += [{"image_id": name, "category": c, **box} for c in ("mass", "calcification")]
+            if p >= 15:
+                continue
+            for s, (_, row) in enumerate(make.volume(f"v{name}", 4, SIDE, 168, laterality=side, **ids)):
+                picture = image(make, 100 * p + s, seen if s == 2 else None)
+                row |= {"box_y0": 0, "box_x0": 0, "box_y1": 10 * SIDE, "box_x1": 1680}
+                content.append((picture, row))
+            if seen:
+                findings.append({"volume_id": f"v{name}", "slice_index": 2, **box})
+    findings.append({"volume_id": "v0R", "category": "of no known slice", **box})
+    findings.append({"image_id": "elsewhere", **box})
+    folder = labelled.write(tmp_path_factory.mktemp("dense") / "data", content)
+    make.write_findings(folder, findings)
+    rows = read_rows([folder])
+    return rows, group(rows)
+
+
+def folds(items):
+    return [Fold(*(np.flatnonzero(np.equal(items.split, s)) for s in ("train", "val", "test")))]
+
+
+def result(dataset, encoder, **changes):
+    rows, items = dataset
+    found = dense.run(rows, encoder, SIDE, items, changes.get("folds", folds(items)), 500, 0, batch_size=8)
+    return {row["unit"]: row for row in found["rows"]}, found["counts"]
+
+
+def test_findings_become_lesions_once_a_box(dataset):
+    found = dense.lesions(dataset[0])
+    assert len(found.record) == 18 + 12  # images, and slices found by volume and number
+    assert (found.elsewhere, len(found.unlocated)) == (1, 1)
+    ids = dataset[0].columns["image_id"][found.record]
+    assert all(name.startswith("v") == name.endswith("-2") for name in ids)
+
+
+def test_a_feature_that_codes_the_lesion_finds_all(dataset):
+    units, counts = result(dataset, Coded(3.0))
+    assert counts == {"located": 30, "unlocated": 1, "of_records_not_in_use": 1}
+    assert (units["image"]["images"], units["image"]["lesions"], units["image"]["normals"]) == (6, 6, 12)
+    assert (units["volume"]["images"], units["volume"]["normals"]) == (4, 6)
+    for row in units.values():
+        for name in ("supervised", "left_right", "mean_distance"):
+            assert row[f"{name}_auc"]["value"] == pytest.approx(1, abs=0.02), name
+            assert row[f"{name}_rank"]["value"] == pytest.approx(1, abs=0.02), name
+        assert [row["sensitivity"][rate]["value"] for rate in "1234"] == [1, 1, 1, 1]
+        assert row["mean_sensitivity"] == {"value": 1, "low": 1, "high": 1}
+        assert row["mm_per_px"] == pytest.approx(0.2)
+
+
+def test_noise_is_one_half(dataset):
+    units, _ = result(dataset, Coded(0.0))
+    for row in units.values():
+        for name in ("supervised_auc", "left_right_auc", "mean_distance_auc"):
+            assert 0.2 < row[name]["value"] < 0.8
+        assert row["sensitivity"]["1"]["value"] < 1
+    low, high = units["image"]["supervised_auc"]["low"], units["image"]["supervised_auc"]["high"]
+    assert low - 0.05 <= 0.5 <= high + 0.05
+
+
+def test_grey_levels_see_a_bright_lesion(dataset):
+    units, _ = result(dataset, dense.GreyPatches(PATCH, SIDE))
+    assert units["image"]["features"] == "grey level of patches"
+    assert units["image"]["supervised_auc"]["value"] > 0.99
+
+
+def test_repeated_folds_count_an_image_once_and_a_fold_without_lesions_is_said(dataset):
+    _, items = dataset
+    once = folds(items)
+    clear = np.flatnonzero(np.char.endswith(items.id.astype(str), "R"))
+    without = Fold(clear, once[0].val, once[0].test)
+    units, _ = result(dataset, Coded(3.0), folds=[*once, *once, without])
+    row = units["image"]
+    assert (row["images"], row["supervised_auc"]["n"], row["folds"]) == (6, 6, 2)
+    assert row["folds_without_lesions"] == 1
+    assert row["sensitivity"]["1"]["value"] == 1
+
+
+def test_data_without_located_findings_have_no_rows(labelled, tmp_path):
+    folder = labelled.write(tmp_path / "data", labelled.items(3, slices=0))
+    rows = read_rows([folder])
+    found = dense.run(rows, Coded(1.0), SIDE, group(rows), folds(group(rows)), 500, 0)
+    assert found == {"rows": [], "counts": {"located": 0, "unlocated": 0, "of_records_not_in_use": 0}}
+
+
+def test_patches_of_lesions():
+    tissue = np.ones((6, 6))
+    tissue[:, 5] = 0.2
+    lesion, normal = dense.patch_labels([(1.4, 1.6, 3.0, 3.0)], tissue)
+    assert np.argwhere(lesion).tolist() == [
+        [1, 2],
+        [2, 2],
+    ]  # 0.6 of it; all; column 1 is covered by 0.4 at most
+    expected = np.ones((6, 6), bool)
+    expected[0:4, 0:4], expected[:, 5] = False, False
+    np.testing.assert_array_equal(normal, expected)
+
+
+def test_a_lesion_smaller_than_a_patch_is_the_patch_that_holds_it():
+    tissue = np.ones((4, 4))
+    for box, expected in {
+        (1.2, 1.2, 1.4, 1.4): [[1, 1]],
+        (1.75, 1.25, 2.25, 1.5): [[1, 1], [2, 1]],  # a half in either
+        (1.6, 1.6, 2.5, 2.5): [[2, 2]],  # a quarter or so in each of four: the centre's
+        (1.5, 1.5, 1.5, 1.5): [[1, 1]],  # a point
+    }.items():
+        assert np.argwhere(dense.patch_labels([box], tissue)[0]).tolist() == expected
+    beyond, normal = dense.patch_labels([(5, 5, 6, 6)], tissue)
+    assert not beyond.any() and normal.all()
+
+
+def test_auc_and_percentile_within_an_image():
+    rng = np.random.default_rng(0)
+    score, lesion = rng.normal(size=(8, 8)), np.zeros((8, 8), bool)
+    lesion[2:4, 2:4] = True
+    area, rank = dense.within_image(score, lesion, ~lesion)
+    assert area == pytest.approx(roc_auc_score(lesion.ravel(), score.ravel()))
+    assert rank == (score[~lesion] < score[lesion].max()).mean()
+    assert np.isnan(dense.within_image(score, lesion & False, ~lesion)).all()
+    assert dense.within_image(np.zeros((8, 8)), lesion, ~lesion) == (0.5, 0.5)
+
+
+def test_left_right_compares_equal_places():
+    rng = np.random.default_rng(0)
+    one = rng.normal(size=(10, 6, 16))
+    tissue = np.ones((10, 6))
+    np.testing.assert_allclose(dense.left_right(one, tissue, one, tissue), 0, atol=1e-6)
+    far = np.roll(one, 5, axis=0)  # the same patches, half a breast away
+    assert dense.left_right(one, tissue, far, tissue).min() > 0.1
+    fine = one.repeat(2, axis=0).repeat(2, axis=1)  # another grid: places are shares of the height
+    np.testing.assert_allclose(dense.left_right(one, tissue, fine, np.ones((20, 12))), 0, atol=1e-6)
+    nearly = np.zeros((10, 6))
+    nearly[0, 0] = 1  # tissue of the other breast outside of most windows: compared all the same
+    assert dense.left_right(one, tissue, one, nearly).max() < 2
+
+
+def test_the_other_breast_is_of_the_same_study_view_and_depth(labelled):
+    def rows(*records):
+        names = ("patient_id", "study_id", "kind", "view", "laterality", "slice_index", "num_slices")
+        columns = zip(*records, strict=True)
+        return type("R", (), {"columns": dict(zip(names, map(list, columns), strict=True))})
+
+    none = float("nan")
+    flat = [("p", "s", "2d", v, side, none, none) for v, side in (("CC", "L"), ("MLO", "R"), ("CC", "R"))]
+    other = [("p", "t", "2d", "CC", "L", none, none), ("q", "s", "2d", "CC", "L", none, none),
+             ("p", "s", "2d", None, "L", none, none), ("p", "s", "2d", None, "R", none, none)]  # fmt: skip
+    assert dense.contralateral(rows(*flat, *other)) == {0: 2, 2: 0}
+    left = [("p", None, "dbt", "CC", "L", float(s), 3.0) for s in range(3)]
+    right = [("p", None, "dbt", "CC", "R", float(s), 5.0) for s in range(5)]
+    found = dense.contralateral(rows(*left, *right))
+    assert [found[i] for i in range(3)] == [3, 5, 7]
+
+
+def test_suppression_keeps_the_best_of_a_neighbourhood():
+    found = np.array([[0, 10, 10, 0.5], [0, 12, 10, 0.9], [5, 10, 10, 0.4], [0, 30, 10, 0.3]], float)
+    np.testing.assert_array_equal(dense.suppress(found, 5, 2), found[[1, 2, 3]])
+    assert dense.suppress(found[:0], 5, 2).shape == (0, 4)
+
+
+def test_peaks_lie_on_tissue():
+    probability, tissue = np.full((9, 9), 0.1), np.ones((9, 9))
+    probability[2, 3] = probability[7, 7] = 1
+    tissue[7, 7] = 0
+    y, x, score = dense.peaks(probability, tissue)[np.argmax(dense.peaks(probability, tissue)[:, 2])]
+    assert (y, x) == (2.5, 3.5) and 0.1 < score < 1
+
+
+def test_froc_by_hand():
+    # unit 0: lesion found at 0.9, false positive at 0.95; unit 1: lesion found at 0.5, three false positives
+    candidates = np.array([
+        [0, 0, 10, 10, 0.9], [0, 0, 11, 10, 0.2], [0, 0, 50, 50, 0.95],
+        [1, 0, 12, 10, 0.5], [1, 0, 50, 50, 0.8], [1, 0, 60, 60, 0.7], [1, 0, 70, 70, 0.6],
+    ])  # fmt: skip
+    truths = np.array([[0, 0, 10, 10, 3, 0], [1, 0, 10, 10, 3, 0], [1, 0, 90, 90, 3, 0]], float)
+    once = np.ones((1, 2))
+    np.testing.assert_allclose(
+        dense.froc(candidates, truths, once, (0, 0.5, 1, 2, 4)), [[0, 1 / 3, 1 / 3, 2 / 3, 2 / 3]]
+    )
+    # a unit that is drawn twice counts twice, among false positives and lesions
+    np.testing.assert_allclose(dense.froc(candidates, truths, np.array([[2, 0]]), (0.5, 1)), [[0, 1]])
+    # a unit without lesions and candidates makes false positives rarer
+    np.testing.assert_allclose(dense.froc(candidates, truths, np.ones((1, 4)), (0.25, 1)), [[1 / 3, 2 / 3]])
+    # a false positive with the score of the hit is there too at that threshold
+    tie = np.array([[0, 0, 10, 10, 0.5], [0, 0, 50, 50, 0.5]])
+    np.testing.assert_allclose(dense.froc(tie, truths[:1], np.ones((1, 1)), (0.5, 1)), [[0, 1]])
+    assert np.isnan(dense.froc(tie, truths[:1], np.array([[0, 1]]), (1,))).all()
+
+
+def test_dbtex_hits_need_a_near_slice():
+    lesion = np.array([[0, 20, 100, 100, 30, 12.5]])
+    for z, y, hit in ((20, 129, 1), (32, 100, 1), (33, 100, 0), (20, 131, 0)):
+        found = dense.froc(np.array([[0, z, y, 100, 0.5]]), lesion, np.ones((1, 1)), (4,))
+        assert found == hit
+
+
+def test_the_reach_of_a_volume_is_100_source_pixels(dataset):
+    rows, items = dataset
+    found = dense.lesions(rows)
+    record = found.record[rows.columns["kind"][found.record] == "dbt"][0]
+    boxes = {record: np.array([[40, 50, 42, 54]])}
+    (truth,) = dense._truths(rows, "volume", {items.item[record]: 0}, boxes, items)
+    assert truth.tolist() == [0, 2, 41, 52, 10, 1]  # ten source px a record px; a quarter of four slices
