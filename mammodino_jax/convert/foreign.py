@@ -30,7 +30,6 @@ FOLDERS = {  # what describes the weights in a folder, and files that may hold t
     "biomedclip": ("open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
 }
 TRUNK = "visual.trunk."  # of the image tower in open_clip's names
-NOT_PIXELS = ("burned_in",)  # fields of presets that decide which files are taken, not what they become
 
 
 def read(spec: str) -> Encoder:
@@ -91,12 +90,10 @@ def read(spec: str) -> Encoder:
 
 
 def made_for(preset: str) -> dict:
-    """The fields of data_prep.settings.Settings that decide the pixels of a preset; "": {}, any."""
+    """Settings of the builds of a preset, as far as it has any of its own; of "" any."""
     from data_prep.settings import PRESETS
 
-    if not preset:
-        return {}
-    return {"preset": preset} | {k: v for k, v in PRESETS[preset].items() if k not in NOT_PIXELS}
+    return {"preset": preset, **PRESETS[preset]} if preset else {}
 
 
 def _statistics(path: Path, mean: tuple, std: tuple) -> tuple[tuple[float, ...], tuple[float, ...]]:
