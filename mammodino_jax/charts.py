@@ -99,7 +99,6 @@ def probes(results: dict) -> bytes:
     """AUC with its 95 % interval of each feature set and probe: a panel a task, a line a row of the table."""
     tasks = results["tasks"]
     names = list(dict.fromkeys(row["features"] for task in tasks for row in task["rows"]))
-    colours = {"majority class": GREY, "hand-made": GREEN, "random init": ORANGE}
     columns = min(2, len(tasks))
     lines = -(-len(tasks) // columns)
     with plt.rc_context({**STYLE, "axes.grid.axis": "x"}):
@@ -115,7 +114,7 @@ def probes(results: dict) -> bytes:
                 if auc["value"] is None:
                     continue
                 y = names.index(row["features"]) + {"kNN": -0.16, "linear": 0.16}.get(row["probe"], 0)
-                colour = colours.get(row["features"], BLUE)
+                colour = BLUE if row["encoder"] else GREY
                 if auc["low"] is not None:
                     ends = [auc["low"], auc["high"]]
                     ax.plot(ends, [y, y], color=colour, linewidth=2, solid_capstyle="round")

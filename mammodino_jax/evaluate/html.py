@@ -16,8 +16,8 @@ DENSE = {
     "mean_distance_auc": "unlike the rest of the breast: AUC",
 }
 MARKS = (
-    ("dot and bar", "Figure of the test items, 95 % interval over draws of test patients; hollow: kNN."),
-    ("grey, broken line", "Baseline that an encoder has to beat; random init: its architecture, untrained."),
+    ("dot and bar", "Figure, 95 % interval over draws of test patients; blue: encoders; hollow: kNN."),
+    ("grey", "Baseline that an encoder has to beat; random init: its architecture, untrained."),
     ("shaded band", f"95 % of the ROC curves over {DRAWS} draws of test patients; probes as trained."),
     ("folds", "Scores of two folds are never ranked against each other: AUCs and curves are averaged."),
     ("transductive", "Pretraining saw test patients or test images, without their labels."),
@@ -61,7 +61,7 @@ def _baselines(results: dict) -> set[str]:
 
 
 def _is_baseline(row: dict) -> bool:
-    return row["kind"] in ("baseline", "random")
+    return row["encoder"] is None
 
 
 def _encoders(rows) -> set[int]:
