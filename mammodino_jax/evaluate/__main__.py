@@ -18,7 +18,7 @@ import numpy as np
 
 from mammodino_jax import __version__
 from mammodino_jax.errors import UserError, run_command, suggest
-from mammodino_jax.evaluate import benchmarks, probes
+from mammodino_jax.evaluate import benchmarks, extras, probes
 from mammodino_jax.evaluate.benchmarks import Benchmark
 from mammodino_jax.evaluate.entries import Entry, plan
 from mammodino_jax.evaluate.html import write_page
@@ -124,6 +124,8 @@ def facts(args, rows: Rows, benchmark: Benchmark, absent: list[str], entries: li
 def main(argv=None) -> None:
     args = parse(argv)
     benchmark = benchmarks.find(args.benchmark)
+    if args.dense and not benchmark.dense:
+        raise UserError(f"--dense: the findings of {benchmark.title} have no places; leave it out")
     rows = read_rows(args.data)
     probes.check_patients(rows.columns["patient_id"], rows.columns["split"])
     args.folds = benchmark.folds if args.folds is None else args.folds
