@@ -10,6 +10,8 @@ features, raw pixels, and the same architecture with random weights.
 import argparse
 import json
 import platform
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +79,8 @@ def parse(argv=None) -> argparse.Namespace:
             known = ", ".join(probes.PROBES)
             raise UserError(f"unknown probe {name!r}.{suggest(name, probes.PROBES)} Known: {known}")
     args.parts = PARTS[args.features]
+    words = sys.argv[1:] if argv is None else argv
+    args.command = shlex.join(["python", "-m", "mammodino_jax.evaluate", *map(str, words)])
     return args
 
 
@@ -98,6 +102,7 @@ def facts(args, rows: Rows, benchmark: Benchmark, absent: list[str], entries: li
     names = ("encoder", "long_side", "tiles", "features", "aggregate", "probes", "repeats", "transductive",
              "foreign_preprocessing", "draws", "seed")  # fmt: skip
     return {
+        "command": args.command,
         "benchmark": args.benchmark, "title": benchmark.title, "note": benchmark.note, "absent_tasks": absent,
         "settings": {name: getattr(args, name) for name in names} | {
             "data": [str(d) for d in args.data], "builds": [str(d) for d in args.builds], "folds": args.folds,
