@@ -89,7 +89,7 @@ def shortcut_probes(args, entries: list, features: dict) -> dict:
 
 
 def sweep(tasks: list[dict]) -> dict[str, list[dict]]:
-    """AUC of the last probe over the size of a pixel: {task: [{features, long_side, mm_per_px, auc, ...}]}."""
+    """AUC of the last probe over the size of a pixel: {task: [{features, mm_per_px, auc, ...}]}."""
     found = {}
     for task in tasks:
         rows = [row for row in task["rows"] if row["long_side"] and row["probe"] == task["rows"][-1]["probe"]]
