@@ -31,7 +31,8 @@ demo: $(VENV)/runtime.stamp
 	  --split 0.6,0.1,0.3 --key $(DEMO)/key --workers 2
 	$(PY) main.py --config=configs/nano.py:$(DEMO)/data --workdir=$(DEMO)/run
 	$(PY) -m mammodino_jax.export --workdir $(DEMO)/run --format hf --output $(DEMO)/encoder
-	$(PY) -m mammodino_jax.evaluate --encoder $(DEMO)/run --data $(DEMO)/data --benchmark phantom --output $(DEMO)/results
+	$(PY) -m mammodino_jax.evaluate --encoder $(DEMO)/run --data $(DEMO)/data --benchmark phantom --shortcuts \
+	  --dense --cache $(DEMO)/cache --output $(DEMO)/results
 	$(PY) -m mammodino_jax.report --workdir $(DEMO)/run --data $(DEMO)/data --results $(DEMO)/results \
 	  --export $(DEMO)/encoder --output $(DEMO)/report.html
 

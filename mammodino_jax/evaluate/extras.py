@@ -65,13 +65,11 @@ def dense_probe(args, entries: list) -> dict:
 
 
 def shortcut_probes(args, entries: list, features: dict) -> dict:
-    """What features tell that no task asked, of every entry at its largest size: results by section."""
-    chosen = {e.name: features[e.name] for e in entries if e.extractor and e.kind != "baseline"}
-    chosen |= {e.name: features[e.name] for e in entries if e.kind == "baseline"}
-    joined = {
-        name: np.concatenate([of[p] for p in args.parts if p in of] or list(of.values()), axis=1)
-        for name, of in chosen.items()
-    }
+    """What the features of every entry tell that no task asked: results by section of results.json."""
+    joined = {}
+    for e in (e for e in entries if e.extractor):
+        of = features[e.name]
+        joined[e.name] = np.concatenate([of[p] for p in args.parts if p in of] or list(of.values()), axis=1)
     rows = entries[0].rows
     digest = {name: hashlib.sha256(x.tobytes()).hexdigest() for name, x in joined.items()}
     ids = [rows.columns[name].tolist() for name in ("image_id", "pixel_hash")]
