@@ -1,4 +1,4 @@
-"""Beside the tasks: dense probe, shortcut probes, likeness of slices, neighbours, and the resolution sweep."""
+"""Beside the tasks: dense and shortcut probes, likeness of slices, neighbours, the resolution sweep."""
 
 import hashlib
 import json
@@ -89,7 +89,7 @@ def shortcut_probes(args, entries: list, features: dict) -> dict:
 
 
 def sweep(tasks: list[dict]) -> dict[str, list[dict]]:
-    """AUC over the size of a pixel: {task: [{features, long_side, mm_per_px, auc, low, high}]}, last probe."""
+    """AUC of the last probe over the size of a pixel: {task: [{features, mm_per_px, auc, ...}]}."""
     found = {}
     for task in tasks:
         rows = [row for row in task["rows"] if row["long_side"] and row["probe"] == task["rows"][-1]["probe"]]
@@ -100,5 +100,3 @@ def sweep(tasks: list[dict]) -> dict[str, list[dict]]:
             for row in rows
         ]  # fmt: skip
     return found
-
-
