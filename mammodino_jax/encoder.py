@@ -111,8 +111,8 @@ def load_encoder(spec: str) -> Encoder:
     """Load the encoder that `spec` names.
 
     Args:
-      spec: a training workdir (the teacher of its newest checkpoint), a folder exported as `hf` or `hub`,
-        foreign weights (`hub:FILE`, `timm:FILE`, `hf:DIR`, `dbt-dino:FILE`, `biomedclip:DIR`,
+      spec: a training workdir (the teacher of its newest checkpoint), a folder that mammodino_jax.export
+        wrote, foreign weights (`hub:FILE`, `timm:FILE`, `hf:DIR`, `dbt-dino:FILE`, `biomedclip:DIR`,
         `mammoclip:FILE`, see convert.foreign.read), or `random:ARCH` (nano, vits14, vitb14, vitl14, vitg14)
         for untrained weights.
 
@@ -141,12 +141,12 @@ def load_encoder(spec: str) -> Encoder:
         )
     if (folder / "checkpoints").is_dir():
         return _from_workdir(folder)
-    if (folder / "model.safetensors").is_file():
+    if any((folder / name).is_file() for name in ("mammodino.json", "model.safetensors")):
         from mammodino_jax.convert import folder as exported
 
         return exported.load(folder)
     raise UserError(
-        f"{spec} holds neither checkpoints/ (a workdir) nor model.safetensors (an exported folder); "
+        f"{spec} holds neither checkpoints/ (a workdir) nor mammodino.json (an exported folder); "
         f"weights of others are named with their kind: {', '.join(FOREIGN)}"
     )
 

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from mammodino_jax.augment import IMAGENET_MEAN, IMAGENET_STD
 from mammodino_jax.convert.hf import from_hf
 from mammodino_jax.convert.hub import from_hub, hub_shapes
+from mammodino_jax.convert.timm import from_timm
 from mammodino_jax.encoder import FOREIGN, Encoder
 from mammodino_jax.errors import UserError
 from mammodino_jax.model.vit import ViTConfig
@@ -71,7 +72,7 @@ def read(spec: str) -> Encoder:
             raise UserError(f"{path} has DINOv2's own names, not Hugging Face's: give hub:{path}")
         hub = from_hf(hub)
     if kind in ("timm", "biomedclip"):
-        hub = _from_timm(hub)
+        hub = from_timm(hub)
     if kind == "biomedclip" and "cls_token" in hub:  # it has no LayerScale: ours is one, exactly
         blocks = {n.split(".")[1] for n in hub if n.startswith("blocks.")}
         hub |= {
@@ -81,6 +82,8 @@ def read(spec: str) -> Encoder:
         logging.info("%s has no mask_token (hub's own files have): zeros, as at DINOv2's start", path)
         hub["mask_token"] = np.zeros((1, hub["cls_token"].shape[-1]), np.float32)
     vit = _infer(path, kind, hub)
+    if not vit.registers:
+        hub.pop("register_tokens", None)
     check(path, hub, hub_shapes(vit))
     rad = np.allclose((mean[0], std[0]), np.ravel(RAD_DINO), atol=1e-4) or "rad-dino" in name.lower()
     preset = "dbt-dino" if kind == "dbt-dino" else "rad-dino" if kind == "hf" and rad else ""
@@ -189,18 +192,6 @@ def split(named: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
     return parts
 
 
-def _from_timm(timm: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Hub names; timm adds the position of the class token to it where there are registers."""
-    hub = {"register_tokens" if name == "reg_token" else name: a for name, a in timm.items()}
-    fc1, fc2 = (timm.get(f"blocks.0.mlp.fc{i}.weight", np.empty((0, 0))) for i in (1, 2))
-    if len(fc1) == 2 * fc2.shape[-1]:  # timm's SwiGLUPacked
-        hub = {n.replace("mlp.fc1.", "mlp.w12.").replace("mlp.fc2.", "mlp.w3."): a for n, a in hub.items()}
-    pos = hub.get("pos_embed")
-    if pos is not None and math.isqrt(pos.shape[1]) ** 2 == pos.shape[1]:
-        hub["pos_embed"] = np.concatenate([np.zeros_like(pos[:, :1]), pos], axis=1)
-    return hub
-
-
 def _infer(path: Path, kind: str, hub: dict[str, np.ndarray]) -> ViTConfig:
     """The shape that the backbone's own tensors say it has."""
     gated = "blocks.0.mlp.w12.weight" in hub
@@ -220,7 +211,8 @@ def _infer(path: Path, kind: str, hub: dict[str, np.ndarray]) -> ViTConfig:
             f"{path}: cls_token is {cls}, pos_embed {pos}; expected heads of 64 and 1 + side^2 positions"
         )
     registers = hub["register_tokens"].size // dim if "register_tokens" in hub else 0
-    legacy = not registers and kind not in ("timm", "biomedclip")
+    # hf: where they are, be they 0, positions are antialiased
+    legacy = "register_tokens" not in hub and kind not in ("timm", "biomedclip")
     return ViTConfig(
         dim=dim,
         depth=1 + max(int(n.split(".")[1]) for n in hub if re.match(r"blocks\.\d+\.", n)),

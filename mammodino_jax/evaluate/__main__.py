@@ -10,13 +10,15 @@ features, raw pixels, and the same architecture with random weights.
 import argparse
 import json
 import platform
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
 
 from mammodino_jax import __version__
 from mammodino_jax.errors import UserError, run_command, suggest
-from mammodino_jax.evaluate import benchmarks, probes
+from mammodino_jax.evaluate import benchmarks, extras, probes
 from mammodino_jax.evaluate.benchmarks import Benchmark
 from mammodino_jax.evaluate.entries import Entry, plan
 from mammodino_jax.evaluate.html import write_page
@@ -77,6 +79,8 @@ def parse(argv=None) -> argparse.Namespace:
             known = ", ".join(probes.PROBES)
             raise UserError(f"unknown probe {name!r}.{suggest(name, probes.PROBES)} Known: {known}")
     args.parts = PARTS[args.features]
+    words = sys.argv[1:] if argv is None else argv
+    args.command = shlex.join(["python", "-m", "mammodino_jax.evaluate", *map(str, words)])
     return args
 
 
@@ -98,6 +102,7 @@ def facts(args, rows: Rows, benchmark: Benchmark, absent: list[str], entries: li
     names = ("encoder", "long_side", "tiles", "features", "aggregate", "probes", "repeats", "transductive",
              "foreign_preprocessing", "draws", "seed")  # fmt: skip
     return {
+        "command": args.command,
         "benchmark": args.benchmark, "title": benchmark.title, "note": benchmark.note, "absent_tasks": absent,
         "settings": {name: getattr(args, name) for name in names} | {
             "data": [str(d) for d in args.data], "builds": [str(d) for d in args.builds], "folds": args.folds,
@@ -119,6 +124,8 @@ def facts(args, rows: Rows, benchmark: Benchmark, absent: list[str], entries: li
 def main(argv=None) -> None:
     args = parse(argv)
     benchmark = benchmarks.find(args.benchmark)
+    if args.dense and not benchmark.dense:
+        raise UserError(f"--dense: the findings of {benchmark.title} have no places; leave it out")
     rows = read_rows(args.data)
     probes.check_patients(rows.columns["patient_id"], rows.columns["split"])
     args.folds = benchmark.folds if args.folds is None else args.folds

@@ -100,5 +100,3 @@ def sweep(tasks: list[dict]) -> dict[str, list[dict]]:
             for row in rows
         ]  # fmt: skip
     return found
-
-

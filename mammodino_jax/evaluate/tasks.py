@@ -120,7 +120,7 @@ def answer(
                 "remarks": list(entry.remarks),
                 "breakdown": cut(
                     entry.rows, items, question.chosen, folds, tested, breakdown, args.draws, args.seed
-                ),
+                ) if entry.spec and name == args.probes[-1] else {},
             })  # fmt: skip
             if args.few_labels and entry.extractor:
                 curve = few_label.setdefault(entry.name, {}).setdefault(name, [])

@@ -95,10 +95,10 @@ def test_breasts_and_exams_are_items_where_a_task_asks_them(run, monkeypatch):
 
 def test_an_encoder_reads_the_build_it_was_made_for(run, labelled, tmp_path):
     main = labelled.write(
-        tmp_path / "main", labelled.items(8), settings={"preset": "mammodino", "window": "percentile"}
+        tmp_path / "main", labelled.items(20), settings={"preset": "mammodino", "window": "percentile"}
     )
     raw = labelled.write(
-        tmp_path / "raw", labelled.items(8)[::-1], settings={"preset": "raw", "window": "minmax"}
+        tmp_path / "raw", labelled.items(20)[::-1], settings={"preset": "raw", "window": "minmax"}
     )
     made = {"preset": "raw", "window": "minmax"}
     with pytest.raises(
@@ -116,8 +116,8 @@ def test_an_encoder_reads_the_build_it_was_made_for(run, labelled, tmp_path):
     assert ours["encoders"]["tiny"]["reads"] == [str(main)]
     assert ours["encoders"]["tiny on raw"]["reads"] == [str(raw)]
     assert "foreign preprocessing: raw" in ours["encoders"]["tiny on raw"]["remarks"]
-    with pytest.raises(UserError, match="40 of the 40 records of --data are not there"):
-        other = [(image, row | {"image_id": f"x{row['image_id']}"}) for image, row in labelled.items(8)]
+    with pytest.raises(UserError, match="100 of the 100 records of --data are not there"):
+        other = [(image, row | {"image_id": f"x{row['image_id']}"}) for image, row in labelled.items(20)]
         run(
             "--folds",
             "4",
