@@ -106,12 +106,9 @@ def _statistics(path: Path, mean: tuple, std: tuple) -> tuple[tuple[float, ...],
         return mean, std
     try:
         about = json.loads(path.read_text())
-        about = (
-            {f"image_{k}": v for k, v in about["preprocess_cfg"].items()}
-            if "preprocess_cfg" in about
-            else about
-        )
-        mean, std = about.get("image_mean") or mean, about.get("image_std") or std
+        about = about.get("preprocess_cfg", about)  # open_clip's
+        mean = about.get("image_mean") or about.get("mean") or mean
+        std = about.get("image_std") or about.get("std") or std
         return tuple(map(float, np.broadcast_to(mean, 3))), tuple(map(float, np.broadcast_to(std, 3)))
     except (ValueError, AttributeError, TypeError) as error:  # JSON's error is a ValueError
         raise UserError(f"{path} does not give the mean and std of three channels: {error}") from None
