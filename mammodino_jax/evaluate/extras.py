@@ -67,7 +67,7 @@ def dense_probe(args, entries: list) -> dict:
 def shortcut_probes(args, entries: list, features: dict) -> dict:
     """What features tell that no task asked, of every entry at its largest size: results by section."""
     chosen = {e.name: features[e.name] for e in entries if e.extractor and e.kind != "baseline"}
-    chosen |= {e.name: features[e.name] for e in entries if e.kind == "baseline"}
+    chosen |= {e.name: features[e.name] for e in entries if e.extractor and e.kind == "baseline"}
     joined = {
         name: np.concatenate([of[p] for p in args.parts if p in of] or list(of.values()), axis=1)
         for name, of in chosen.items()
