@@ -28,6 +28,7 @@ from mammodino_jax.evaluate.table import markdown
 from mammodino_jax.evaluate.tasks import answer, ask
 
 PARTS = {"cls": ("cls",), "cls+mean": ("cls", "mean")}
+PROBES = (*probes.PROBES, "attentive", "finetune")
 CACHE = Path.home() / ".cache" / "mammodino"
 
 
@@ -54,7 +55,7 @@ def parse(argv=None) -> argparse.Namespace:
         default="mean",
         help="over slices, and over images of a breast",
     )
-    add("--probes", default="kNN,linear", help=", ".join(probes.PROBES))
+    add("--probes", default="kNN,linear", help=", ".join(PROBES))
     add("--few-labels", action="store_true", help="curves over 1, 5, 10 and 100 %% of the patients")
     add("--dense", action="store_true", help="probe lesion patches against other tissue of the same images")
     add("--shortcuts", action="store_true", help="what else features tell: patient, vendor, side, depth, ...")
@@ -75,9 +76,8 @@ def parse(argv=None) -> argparse.Namespace:
         raise UserError(f"--repeats {args.repeats}: expected 1 or more")
     args.probes = tuple(args.probes.split(","))
     for name in args.probes:
-        if name not in probes.PROBES:
-            known = ", ".join(probes.PROBES)
-            raise UserError(f"unknown probe {name!r}.{suggest(name, probes.PROBES)} Known: {known}")
+        if name not in PROBES:
+            raise UserError(f"unknown probe {name!r}.{suggest(name, PROBES)} Known: {', '.join(PROBES)}")
     args.parts = PARTS[args.features]
     words = sys.argv[1:] if argv is None else argv
     args.command = shlex.join(["python", "-m", "mammodino_jax.evaluate", *map(str, words)])

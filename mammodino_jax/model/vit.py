@@ -286,8 +286,11 @@ class ViT(nnx.Module):
 
 
 def cls_attention(model: ViT, images, grids=None):
-    """Attention of the CLS token to the patches in the last block, f32 [B, H, N]; the rest to 1 goes to itself
-    and to the registers. Arguments as of ViT; `model` is of no other use afterwards."""
+    """Attention of the CLS token to the patches in the last block, f32 [B, H, N].
+
+    What is left to 1 goes to itself and to the registers. Arguments as of ViT; `model` is of no other use
+    afterwards.
+    """
     a, seen = model.blocks[-1].attn, []
 
     class Watched(nnx.Module):

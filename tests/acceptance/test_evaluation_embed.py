@@ -6,6 +6,7 @@ About a quarter of an hour on two cores. Needs the real images and DINOv2's weig
 ../shared).
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -84,9 +85,8 @@ def command(inputs, output: Path, *more) -> list[str]:
 
 
 def start(*arguments) -> subprocess.Popen:
-    log = open(os.devnull, "w")
     return subprocess.Popen(command(*arguments), cwd=REPO, start_new_session=True, stdout=subprocess.PIPE,
-                            stderr=log, text=True)  # fmt: skip
+                            stderr=subprocess.DEVNULL, text=True)  # fmt: skip
 
 
 def resident(pid: int) -> int:
@@ -172,7 +172,7 @@ def test_line_05_sigkill(mixed, work):
         process.wait()
         kept.append({p.name: p.stat().st_mtime_ns for p in local.glob("parts/*.parquet")})
         assert not output.exists() and len(kept[-1]) >= wanted
-    for before, after in zip(kept, kept[1:], strict=False):
+    for before, after in itertools.pairwise(kept):
         assert before.items() <= after.items()  # none was written again
     out = subprocess.run(
         command([mixed], output), cwd=REPO, capture_output=True, text=True, check=True

@@ -127,6 +127,17 @@ def test_an_encoder_reads_the_build_it_was_made_for(run, labelled, tmp_path):
         )
 
 
+@pytest.mark.slow
+def test_patch_tokens_and_the_whole_network_can_be_probed(run):
+    task = run("--probes", "attentive,finetune,linear")["tasks"][0]
+    by_name = {}
+    for row in task["rows"]:
+        by_name.setdefault(row["features"], []).append(row["probe"])
+    assert by_name["hand-made"] == ["linear"]
+    assert by_name["random init"] == by_name["tiny"] == ["attentive", "finetune", "linear"]
+    assert all(auc(row) > 0.6 for row in task["rows"] if row["probe"] in ("finetune", "attentive"))
+
+
 def test_weights_of_others_are_called_layout_tested(run):
     remarks = run("--folds", "4", kind="biomedclip")["tasks"][0]["rows"][-1]["remarks"]
     assert "layout tested on random weights only" in remarks
