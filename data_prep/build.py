@@ -76,21 +76,22 @@ def build(options: BuildOptions) -> dict:
         raise UserError(f"--output {options.output}: give a folder of its own")
     local = merge.local_folder(options.output)
     vendors.check(options.settings.vendor_table)
-    listing = _list(options, local)
+    listing = list_inputs(options, local)
     dataset = options.dataset or options.source
     key = load_key(options.key, options.output, local, make=not options.dry_run)
-    earlier = _Earlier(options.previous, key, dataset)
-    prep = _describe(options, dataset, listing, key, earlier)
+    earlier = Earlier(options.previous, key, dataset)
+    prep = describe(options, dataset, listing, key, earlier)
     built = _already_built(options.output, prep)
     if built and built["labels"] == prep["labels"]:
         return built["counts"] | {"already_built": True}
     with executor(options.workers, options.dask) as run:
         if options.dry_run:
             return _dry_run(listing, options, earlier, run)
-        with _locked(options.output, local):
+        with locked(options.output, local):
+            options.output.mkdir(exist_ok=True)
             if options.settings.vendor_table:
                 (local / "vendors.csv").write_text(options.settings.vendor_table)
-            planned, rejects = _plan(listing, options, earlier, run)
+            planned, rejects = plan_inputs(listing, options, earlier, run)
             if built:
                 return _relabel(options.output, local, planned, listing, built | {"labels": prep["labels"]})
             chunks = _open_parts(local / "parts", prep, plan.make_shards(planned, options.seed))
@@ -99,8 +100,8 @@ def build(options: BuildOptions) -> dict:
             return _merge(options.output, local, chunks, planned, rejects, listing, prep, earlier)
 
 
-def _dry_run(listing: Listing, options: BuildOptions, earlier: "_Earlier", run: Callable) -> dict:
-    planned, rejects = _plan(listing, options, earlier, run)
+def _dry_run(listing: Listing, options: BuildOptions, earlier: "Earlier", run: Callable) -> dict:
+    planned, rejects = plan_inputs(listing, options, earlier, run)
     shards = plan.make_shards(planned, options.seed)
     log.info("%d images and volumes: %s", len(planned), count_by(p.header.kind for p in planned))
     log.info("rejected: %s", count_by(r["code"] for r in rejects) or "none")
@@ -110,11 +111,10 @@ def _dry_run(listing: Listing, options: BuildOptions, earlier: "_Earlier", run: 
 
 
 @contextmanager
-def _locked(output: Path, local: Path) -> Iterator[None]:
-    """One build at a time: two would mix their shards."""
+def locked(output: Path, local: Path) -> Iterator[None]:
+    """Make DIR.local, and let one run write there at a time: two would mix their parts."""
     try:
-        for folder in (output, local):
-            folder.mkdir(parents=True, exist_ok=True)
+        local.mkdir(parents=True, exist_ok=True)
         (local / "lock").touch()
     except OSError as error:
         raise UserError(f"cannot write to {output} ({error.strerror}); give another --output") from error
@@ -123,11 +123,11 @@ def _locked(output: Path, local: Path) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UserError(f"another build is writing {output}; wait for it") from error
+                raise UserError(f"another run is writing {output}; wait for it") from error
             yield
     finally:
         with suppress(OSError):
-            output.rmdir()  # empty: the build failed
+            output.rmdir()  # an empty folder: the build failed
 
 
 def _write_shards(chunks: dict[Path, list[Planned]], write: Callable, run: Callable, failed: int) -> None:
@@ -143,7 +143,7 @@ def _write_shards(chunks: dict[Path, list[Planned]], write: Callable, run: Calla
 
 
 def _merge(output: Path, local: Path, chunks: dict[Path, list[Planned]], planned: list[Planned],
-           rejects: list[dict], listing: Listing, prep: dict, earlier: "_Earlier") -> dict:  # fmt: skip
+           rejects: list[dict], listing: Listing, prep: dict, earlier: "Earlier") -> dict:  # fmt: skip
     """Finished parts -> data set, part by part: all rows at once would not fit. Returns the counts."""
     parts, used, fallbacks, failed = {}, set(), 0, {r["number"]: r for r in rejects}
     for part in chunks:
@@ -183,7 +183,7 @@ def _merge(output: Path, local: Path, chunks: dict[Path, list[Planned]], planned
     return prep["counts"]
 
 
-class _Earlier:
+class Earlier:
     """What earlier deliveries say: the splits of their patients, and their pixels."""
 
     def __init__(self, folders: tuple[Path, ...], key: bytes, dataset: str):
@@ -215,8 +215,8 @@ def _key_check(key: bytes) -> str:
     return hash_id(key, "", "key check", "")
 
 
-def _plan(
-    listing: Listing, options: BuildOptions, earlier: _Earlier, run: Callable
+def plan_inputs(
+    listing: Listing, options: BuildOptions, earlier: Earlier, run: Callable
 ) -> tuple[list[Planned], list[dict]]:
     """Scan headers and settle duplicates, volumes and splits. Returns what to build, and the rejects."""
     headers, rejects = _scan_headers(listing.rows, options.settings, run)
@@ -281,7 +281,7 @@ def _relabel(output: Path, local: Path, planned: list[Planned], listing: Listing
     return prep["counts"]
 
 
-def _list(options: BuildOptions, local: Path) -> Listing:
+def list_inputs(options: BuildOptions, local: Path) -> Listing:
     """What the source lists, in the order of names, so that the order of --input makes no difference."""
     source = _source(options.source)
     if options.columns and options.source != "folder":
@@ -304,7 +304,7 @@ def _source(name: str):
     return importlib.import_module(f"data_prep.sources.{name}")
 
 
-def _describe(options: BuildOptions, dataset: str, listing: Listing, key: bytes, earlier: _Earlier) -> dict:
+def describe(options: BuildOptions, dataset: str, listing: Listing, key: bytes, earlier: Earlier) -> dict:
     """prep.json without its counts; equal content means that a build would give the same bytes."""
     # Sizes in place of paths: the input folder may move.
     size = {row.path: row.path.stat().st_size if row.path.is_file() else None for row in listing.rows}

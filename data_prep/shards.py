@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from data_prep.identity import hash_id
@@ -13,6 +14,7 @@ from data_prep.prepare import prepare
 from data_prep.reject import Reject
 from data_prep.settings import Settings
 from mammodino_jax.data import records
+from mammodino_jax.errors import UserError
 
 
 def write_shard(part: Path, files: list[Planned], settings: Settings, dataset: str, key: bytes) -> dict:
@@ -49,20 +51,27 @@ def is_written(part: Path) -> bool:
     return Path(f"{part}.json").is_file() and Path(f"{part}.array_record").is_file()
 
 
-def make_records(
-    p: Planned, settings: Settings, dataset: str, key: bytes, rejects: list[dict]
-) -> tuple[list[tuple[dict, bytes]], list[dict]]:
+def _encoded(row: dict, image: np.ndarray) -> bytes:
+    return records.encode(image, row["image_id"])
+
+
+def make_records(p: Planned, settings: Settings, dataset: str, key: bytes, rejects: list[dict],
+                 store: Callable[[dict, np.ndarray], object] = _encoded):  # fmt: skip
     """The (index row, record) pairs of an image or a volume, and what the manifest says of its files; empty
     where it is unusable.
 
     A file that is gives its place to its spares. A volume of one file a slice goes on without it where it has
-    none. Lines of rejects.jsonl are appended to `rejects`.
+    none. Lines of rejects.jsonl are appended to `rejects`. `store` makes the record of a row and its image;
+    where a spare takes over it is called for the first slice again.
     """
     slots = [[member, *member.spares] for member in p.members or [p]]
     while slots:
         try:
-            found = list(_records(p, [slot[0] for slot in slots], settings, dataset, key))
+            images = _records(p, [slot[0] for slot in slots], settings, dataset, key)
+            found = [(row, store(row, image)) for row, image in images]
             return found, _file_facts([slot[0] for slot in slots], {row["number"]: row for row, _ in found})
+        except UserError:  # of `store`, as of a disk that is full
+            raise
         except Exception as error:  # one odd file must not end a build of a million
             if not isinstance(error, Reject):
                 error = Reject("failed", f"{type(error).__name__}: {error}")
@@ -75,7 +84,7 @@ def make_records(
 
 
 def _records(p: Planned, members: list[Planned], settings: Settings, dataset: str, key: bytes) -> Iterator:
-    """(index row, record) of the image, or of each slice."""
+    """(index row, u8 image) of the image, or of each slice."""
     prepared = prepare([m.row.path for m in members], settings, p.row)
     header, frames = prepared.header, prepared.frames
     dbt = header.kind == "dbt"
@@ -95,7 +104,7 @@ def _records(p: Planned, members: list[Planned], settings: Settings, dataset: st
             "image_id": image_id, "pixel_hash": pixel_hash, "source_frame": frame,
             "number": member.number, "decoder": frames.decoder, "notes": frames.notes[:3],
         }  # fmt: skip
-        yield row, records.encode(image, image_id)
+        yield row, image
 
 
 def _file_facts(files: list[Planned], rows: dict[int, dict]) -> list[dict]:

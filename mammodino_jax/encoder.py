@@ -35,7 +35,7 @@ class Encoder:
 
     Attributes:
       name: how tables call it.
-      vit: shape of the backbone.
+      vit: shape of the backbone; None: it is not a ViT.
       params: its parameters, nested.
       mean, std: statistics of the input normalisation, one a channel (grey is repeated to 3 channels).
       provenance: what pretraining saw (provenance.collect); empty for untrained or foreign weights.
@@ -45,7 +45,7 @@ class Encoder:
     """
 
     name: str
-    vit: ViTConfig
+    vit: ViTConfig | None
     params: dict
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD

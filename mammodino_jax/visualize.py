@@ -1,11 +1,16 @@
 """Pictures of what an encoder sees: python -m mammodino_jax.visualize --encoder E --data DIR --output DIR.
 
-Writes patch_pca.png: a row an image, beside it the first three principal components of its patch tokens as
-colours, for the encoder and for the same architecture with random weights.
+Over the images of a built data set, or of files read as embed reads them (--input PATH...): the first three
+principal components of the patch tokens as colours, beside them those of the same architecture with random
+weights; where the CLS token attends; the images of other patients that are nearest by CLS; the slices of a
+tomosynthesis volume. Each as a PNG file, and all in index.html.
 """
 
 import argparse
 import dataclasses
+import functools
+import html
+import tempfile
 from pathlib import Path
 
 import cv2
@@ -13,13 +18,22 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from mammodino_jax.data import records
-from mammodino_jax.data.eval import letterbox
+from mammodino_jax.data.eval import make_eval_batches
 from mammodino_jax.data.index import open_split
 from mammodino_jax.errors import UserError, run_command
-from mammodino_jax.evaluate.features import untrained
+from mammodino_jax.evaluate.features import (
+    aggregate,
+    encoder_extractor,
+    record_features,
+    untrained,
+)
+from mammodino_jax.evaluate.items import Rows, group, read_rows
+from mammodino_jax.page import facts, figure, jpeg, page, paragraph, section
 from mammodino_jax.pictures import stack, strip
 
 ROWS_OF_PATCHES = 32  # at least: fewer make a mosaic that shows nothing
+NEIGHBOURS = 4
+SLICES = 8  # of a volume, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,55 +106,229 @@ def patch_pca(tokens_TD: np.ndarray, tissue_T: np.ndarray) -> np.ndarray:
     return colour.astype(np.uint8)
 
 
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What an encoder makes of an image: tokens [gh, gw, D], tissue share and attention [gh, gw] of the
+    patches (attention: of the CLS token in the last block, mean over heads; None where it has none), and the
+    size in pixels that the image had."""
+
+    tokens: np.ndarray
+    tissue: np.ndarray
+    attention: np.ndarray | None
+    size: tuple[int, int]
+
+
+def look(encoder, images: list[np.ndarray], long_side: int) -> list[Look]:
+    found, patch = [None] * len(images), encoder.patch_size
+    attend = _attention(encoder) if encoder.vit else None
+    settings = dict(long_side=long_side, patch=patch, batch_size=lambda patches: 1)
+    for batch in make_eval_batches(images.__getitem__, [i.shape for i in images], **settings):
+        grid = tuple(n // patch for n in batch["image"].shape[1:])
+        inside = tuple(slice(n) for n in -(-batch["size"][0] // patch))
+        tokens = np.asarray(encoder(batch["image"], batch["size"])["patches"])[0].reshape(*grid, -1)
+        seen = attend and np.asarray(attend(batch["image"], batch["size"]))[0].reshape(grid)[inside]
+        size = tuple(batch["size"][0].tolist())
+        found[batch["place"][0]] = Look(tokens[inside], batch["tissue"][0][inside], seen, size)
+    return found
+
+
+def _attention(encoder):
+    """(u8 [B, H, W], sizes [B, 2]) -> f32 [B, N], mean over the heads."""
+    import jax
+    import jax.numpy as jnp
+
+    from mammodino_jax.augment import AugmentConfig, normalise
+    from mammodino_jax.model.head import bind
+    from mammodino_jax.model.vit import cls_attention, own_grids
+
+    vit, statistics = encoder.vit, AugmentConfig(mean=encoder.mean, std=encoder.std)
+
+    @jax.jit
+    def run(params, images, grids):
+        x = normalise(images.astype(jnp.float32) / 255, statistics, vit.channels)
+        return cls_attention(bind(params, vit), x, grids).mean(axis=1)
+
+    return lambda images, sizes: run(encoder.params, images, own_grids(vit, sizes, *images.shape[1:]))
+
+
 def pca_tiles(encoder, pictures: list[Picture], long_side: int) -> list[np.ndarray]:
     """The patch-PCA picture of each image, BGR u8, as large as the image at `long_side` pixels."""
-    patch, grids, tokens, tissue, scales = encoder.vit.patch_size, [], [], [], []
-    for picture in pictures:
-        scale = long_side / max(picture.image.shape)
-        size = [max(1, round(s * scale)) for s in picture.image.shape]
-        padded = [-(-s // patch) * patch for s in size]
-        image, share = letterbox(picture.image, *padded, patch)
-        tokens.append(np.asarray(encoder(image[None])["patches"])[0])
-        tissue.append(share.astype(np.float32).ravel())
-        grids.append(share.shape)
-        scales.append(size)
+    return colour(look(encoder, [p.image for p in pictures], long_side), encoder.patch_size)
+
+
+def colour(looks: list[Look], patch: int, centre: bool = False) -> list[np.ndarray]:
+    """Patch-PCA pictures, with axes and range fitted to all of `looks` together. `centre` takes the mean over
+    its tissue off each image first: what differs within images then has the colours to itself."""
+    tokens = [x.tokens.reshape(-1, x.tokens.shape[-1]).astype(np.float64) for x in looks]
+    tissue = [x.tissue.astype(np.float64).ravel() for x in looks]
+    if centre:
+        tokens = [t - w @ t / max(w.sum(), 1e-6) for t, w in zip(tokens, tissue, strict=True)]
     colours = patch_pca(np.concatenate(tokens), np.concatenate(tissue))
-    tiles = np.split(colours, np.cumsum([len(t) for t in tokens])[:-1])
-    return [_enlarge(t.reshape(*g, 3), patch, s) for t, g, s in zip(tiles, grids, scales, strict=True)]
+    tiles = np.split(colours, np.cumsum([x.tissue.size for x in looks])[:-1])
+    return [_enlarge(t.reshape(*x.tissue.shape, 3), patch, x.size) for t, x in zip(tiles, looks, strict=True)]
 
 
 def _enlarge(grid, patch: int, size) -> np.ndarray:
     return np.kron(grid, np.ones((patch, patch, 1), np.uint8))[: size[0], : size[1]]
 
 
+def overlay(image: np.ndarray, tile: np.ndarray, share: float = 0.5) -> np.ndarray:
+    """A BGR tile over the grey image that it is of; what is black in the tile shows the image alone."""
+    grey = cv2.resize(image, tile.shape[1::-1], interpolation=cv2.INTER_AREA)[..., None].repeat(3, axis=2)
+    mixed = cv2.addWeighted(grey, 1 - share, tile, share, 0)
+    return np.where(tile.any(axis=2, keepdims=True), mixed, grey)
+
+
+def heat(x: Look, patch: int) -> np.ndarray:
+    """Attention as a picture, BGR, from the least to the 99th percentile of the tissue; background black."""
+    inside = x.tissue >= 0.5
+    values = x.attention[inside] if inside.any() else x.attention
+    low, high = values.min(), np.percentile(values, 99)
+    levels = np.clip((x.attention - low) / max(high - low, 1e-12), 0, 1) * 255
+    colours = cv2.applyColorMap(levels.astype(np.uint8), cv2.COLORMAP_INFERNO)
+    return _enlarge(np.where(inside[..., None], np.maximum(colours, 1), 0).astype(np.uint8), patch, x.size)
+
+
 def default_long_side(encoder) -> int:
-    return max(2 * encoder.vit.image_size, ROWS_OF_PATCHES * encoder.vit.patch_size)
+    return max(encoder.long_side, ROWS_OF_PATCHES * encoder.patch_size)
+
+
+def neighbours(encoder, rows: Rows, pictures: list[Picture], long_side: int, cache: Path):
+    """The NEIGHBOURS images or volumes of other patients whose CLS features are nearest to each picture's.
+
+    Yields:
+      the picture, and [(cosine, record)] from the nearest on; volumes by their middle slice.
+    """
+    items = group(rows)
+    features = record_features(rows, encoder_extractor(encoder), long_side, cache, name=encoder.name)
+    x = aggregate(features["cls"], rows, items)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    places = {name: i for i, name in enumerate(rows.columns["image_id"])}
+    for picture in pictures:
+        if picture.row["image_id"] not in places:
+            continue  # flagged, or a duplicate
+        item = items.item[places[picture.row["image_id"]]]
+        others = np.flatnonzero(items.patient != items.patient[item])
+        cosine = x[others] @ x[item]
+        best = np.argsort(-cosine, kind="stable")[:NEIGHBOURS]
+        middle = [(of := np.flatnonzero(items.item == others[b]))[len(of) // 2] for b in best]
+        yield picture, list(zip(cosine[best].tolist(), middle, strict=True))
+
+
+def caption(row: dict) -> str:
+    return " ".join(str(row[k]) for k in ("kind", "laterality", "view") if row[k])
+
+
+def write_page(encoder, data: Path, output: Path, count: int, long_side: int, settings: str) -> list[str]:
+    """Write the pictures of `count` images and index.html. Returns the names of the files."""
+    pictures, rows, patch = choose(data, count), read_rows([data]), encoder.patch_size
+    images, written, body = [p.image for p in pictures], [], []
+
+    def show(name: str, title: str, text: str, tiles: list[tuple[list[np.ndarray], str]]) -> None:
+        sheet = [strip(images, 420) for images, _ in tiles]
+        cv2.imwrite(str(output / f"{name}.png"), stack(sheet))
+        written.append(f"{name}.png")
+        figures = "".join(figure(jpeg(s, c), c) for s, (_, c) in zip(sheet, tiles, strict=True))
+        body.append(section(title, paragraph(text), f'<div class="tiles">{figures}</div>'))
+
+    looks = look(encoder, images, long_side)
+    columns, beside = [colour(looks, patch), colour(looks, patch, centre=True)], ""
+    if encoder.vit:
+        columns.append(colour(look(untrained(encoder), images, long_side), patch, centre=True))
+        beside = ", and the latter for the same architecture with random weights"
+    tiles = [
+        ([p.image, *(overlay(p.image, t) for t in mine)], caption(p.row))
+        for p, *mine in zip(pictures, *columns, strict=True)
+    ]
+    show("patch_pca", "Patch tokens", "The image; over it the first three principal components of the patch "
+         "tokens, fitted on the tissue of all images shown (equal colours are alike to the encoder); the "
+         f"same after the mean of each image was taken off{beside}.", tiles)  # fmt: skip
+    if encoder.vit:
+        tiles = []
+        for p, x in zip(pictures, looks, strict=True):
+            weight = x.tissue.astype(np.float64)
+            share = (x.attention * weight).sum() / x.attention.sum()
+            text = f"{caption(p.row)}: {share:.0%} on tissue, {weight.mean():.0%} of the patches"
+            tiles.append(([p.image, overlay(p.image, heat(x, patch))], text))
+        show("attention", "Where the CLS token attends", "Attention of the CLS token in the last block, mean "
+             "over the heads; bright is much. Below: the share of it that lies on tissue, and the share of "
+             "the input that is tissue.", tiles)  # fmt: skip
+    else:
+        text = f"{encoder.name} is no vision transformer: it has no attention to show."
+        body.append(section("Where the CLS token attends", paragraph(text)))
+    found = list(neighbours(encoder, rows, pictures, long_side, output / "features"))
+    if any(near for _, near in found):
+        tiles = []
+        for p, near in found:
+            text = "; ".join(
+                f"{cosine:.3f} {caption({k: v[i] for k, v in rows.columns.items()})}" for cosine, i in near
+            )
+            tiles.append(([p.image, *(rows.image(i) for _, i in near)], f"{caption(p.row)}. {text}"))
+        show("neighbours", "Nearest neighbours", "An image, and those of other patients that are nearest by "
+             "the cosine of their CLS features (volumes: mean over slices, shown by the middle one).",
+             tiles)  # fmt: skip
+    volumes = [p.row["volume_id"] for p in pictures if p.row["kind"] == "dbt"]
+    if volumes:
+        mine = np.flatnonzero(rows.columns["volume_id"] == volumes[0])
+        mine = mine[np.argsort(rows.columns["slice_index"][mine])]
+        mine = mine[np.unique(np.linspace(0, len(mine) - 1, min(len(mine), SLICES)).round().astype(int))]
+        slices = [rows.image(i) for i in mine]
+        tiles = colour(look(encoder, slices, long_side), patch)
+        names = [f"slice {int(rows.columns['slice_index'][i]) + 1}" for i in mine]
+        tiles = [([i, overlay(i, t)], n) for i, t, n in zip(slices, tiles, names, strict=True)]
+        show("slices", "Slices of a volume", "Principal components of the patch tokens, fitted on these "
+             "slices together.", tiles)  # fmt: skip
+    cards = [
+        ("Encoder", encoder.name, f"fingerprint {encoder.fingerprint}"),
+        ("Input", f"{long_side} px", f"long side; a patch is {patch} px"),
+        ("Data", f"{len(rows)} records", settings),
+    ]
+    title = html.escape(f"What {encoder.name} sees")
+    (output / "index.html").write_text(
+        page(title, [f"<h1>{title}</h1>", facts(cards), *body]), encoding="utf-8"
+    )
+    return [*written, "index.html"]
 
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser("python -m mammodino_jax.visualize", description=__doc__)
-    parser.add_argument(
-        "--encoder",
-        required=True,
-        help="workdir, export, hub:FILE, timm:FILE, hf:DIR, dbt-dino:FILE or random:ARCH",
-    )
-    parser.add_argument("--data", required=True, type=Path, help="a built data set")
-    parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--images", type=int, default=6)
-    parser.add_argument("--long-side", type=int, help="pixels of the image's long side")
+    add = parser.add_argument
+    add("--encoder", required=True, help="workdir, exported folder, or weights of others (see the README)")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path, help="a built data set")
+    source.add_argument("--input", nargs="+", type=Path, metavar="PATH", help="files and folders")
+    add("--output", required=True, type=Path, metavar="DIR")
+    add("--images", type=int, default=6)
+    add("--long-side", type=int, help="pixels of the image's long side")
     args = parser.parse_args(argv)
     if args.images < 1:
         raise UserError(f"--images {args.images}: expected 1 or more")
+    from mammodino_jax.embed import preprocessing
     from mammodino_jax.encoder import load_encoder
+    from mammodino_jax.evaluate.entries import mismatch
 
     encoder = load_encoder(args.encoder)
-    pictures = choose(args.data, args.images)
-    long_side = args.long_side or default_long_side(encoder)
-    columns = [pca_tiles(e, pictures, long_side) for e in (encoder, untrained(encoder))]
-    rows = [strip([p.image, *tiles], 320) for p, *tiles in zip(pictures, *columns, strict=True)]
     args.output.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(args.output / "patch_pca.png"), stack(rows))
-    print(f"wrote {args.output / 'patch_pca.png'}: image, {encoder.name}, random init")
+    draw = functools.partial(
+        write_page, encoder, output=args.output, count=args.images,
+        long_side=args.long_side or default_long_side(encoder),
+    )  # fmt: skip
+    if args.data:
+        settings = records.read_prep(args.data).get("settings", {})
+        differ = mismatch(encoder.made_for, settings)
+        origin = f"built with preset {settings.get('preset', 'unknown')}"
+        written = draw(
+            args.data, settings=origin + f"; foreign to the encoder: {'; '.join(differ)}" * bool(differ)
+        )
+    else:
+        from data_prep.build import BuildOptions, build
+
+        settings, origin = preprocessing(encoder, foreign=True)
+        with tempfile.TemporaryDirectory() as folder:
+            data = Path(folder) / "data"
+            build(BuildOptions(tuple(args.input), data, settings=settings))
+            written = draw(data, settings=origin)
+    print(f"wrote {', '.join(written)} to {args.output}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ FOLDERS = {  # what describes the weights in a folder, and files that may hold t
     "biomedclip": ("open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
 }
 TRUNK = "visual.trunk."  # of the image tower in open_clip's names
-NOT_PIXELS = ("burned_in",)  # fields of presets that decide which files are taken, not what they become
 
 
 def read(spec: str) -> Encoder:
@@ -94,12 +93,10 @@ def read(spec: str) -> Encoder:
 
 
 def made_for(preset: str) -> dict:
-    """The fields of data_prep.settings.Settings that decide the pixels of a preset; "": {}, any."""
+    """Settings of the builds of a preset, as far as it has any of its own; of "" any."""
     from data_prep.settings import PRESETS
 
-    if not preset:
-        return {}
-    return {"preset": preset} | {k: v for k, v in PRESETS[preset].items() if k not in NOT_PIXELS}
+    return {"preset": preset, **PRESETS[preset]} if preset else {}
 
 
 def _statistics(path: Path, mean: tuple, std: tuple) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -152,6 +149,11 @@ def _torch_tensors(path: Path) -> dict[str, np.ndarray]:
             f"{path} needs PyTorch to be read: pip install torch, or save its state dict with "
             "safetensors.torch.save_file where PyTorch is, and give that file"
         ) from None
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        raise UserError(
+            f"PyTorch {torch.__version__} runs code in files made for it, weights_only or not "
+            f"(CVE-2025-32434), so it does not read {path}: pip install 'torch>=2.6'"
+        )
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has no common error for what a damaged or unsafe file does

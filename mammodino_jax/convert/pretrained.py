@@ -31,8 +31,8 @@ def load_pretrained(
 
     Args:
       spec: a training workdir (teacher of its newest checkpoint, with its heads), a folder that
-        mammodino_jax.export wrote, `hub:FILE` (backbone only), `timm:FILE`, `hf:DIR` or `hf:FILE`, or
-        `dbt-dino:FILE` (Meta's training checkpoint: the teacher's backbone and heads).
+        mammodino_jax.export wrote, `hub:FILE` (backbone only), `timm:FILE`, `hf:DIR`, `biomedclip:DIR`
+        or `dbt-dino:FILE` (the teacher's backbone and heads), see convert.foreign.read.
       heads: "" or a file with a DINO head, which replaces those of `spec`.
       vit, head: the recipe's shapes.
       mean, std: the recipe's input statistics; the patch embedding is adapted where the weights have others.

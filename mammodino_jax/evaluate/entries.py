@@ -87,7 +87,8 @@ def plan(args, rows: Rows, tested: np.ndarray) -> list[Entry]:
                 for name in BASELINES:
                     read = extractor(name, encoder.patch_size)
                     entries.append(Entry(name + at, mine, "baseline", read, side))
-            if encoder.vit and (encoder.vit, side) not in architectures:
+            trained = encoder.vit and encoder.kind != "random"
+            if trained and (encoder.vit, side) not in architectures:
                 architectures.add((encoder.vit, side))
                 number = len({vit for vit, _ in architectures})
                 name = "random init" if number == 1 else f"random init {number}"

@@ -29,11 +29,11 @@ class Extractor:
 
     Attributes:
       fingerprint: of all that the features depend on besides the images.
-      patch: input sizes are multiples of it.
+      patch: pixels that a patch token covers; sides of canvases are multiples of it.
       function: (image u8 [B, H, W], size i32 [B, 2], tissue f16 [B, H / patch, W / patch], mm per px [B]) to
         {name: f32 [B, F]}.
       batch_size: of a canvas, by its number of patches.
-      tile: side of the tiles of `tiles`; 0: cannot be tiled.
+      tile: side of the tiles of `tiles`; 0: cannot be tiled, and long sides need not be multiples of `patch`.
     """
 
     fingerprint: str
@@ -89,7 +89,7 @@ def record_features(
     """Features of every record, {name: f32 [r, F]}.
 
     Args:
-      long_side: px of the images, a multiple of the extractor's patch size.
+      long_side: px of the images, of a ViT a multiple of the patch size.
       cache: a folder; features of the same records, extractor and settings are read from it.
       tiles: cut images into squares of the extractor's `tile` and average over them by tissue, instead of
         resampling positions to the whole image.
@@ -98,7 +98,8 @@ def record_features(
     Raises:
       UserError: a long side that is no multiple of the patch size, an unreadable record.
     """
-    check_long_side(long_side, extractor.patch)
+    if extractor.tile:  # a convolutional network takes any size: Mammo-CLIP's 1520 is 47.5 cells
+        check_long_side(long_side, extractor.patch)
     if tiles and (not extractor.tile or long_side < extractor.tile):
         tiles = False  # the whole image is one tile, or the extractor reads whole images only
     mm = mm_per_px(rows, long_side)

@@ -61,7 +61,7 @@ def test_one_build_at_a_time(tmp_path, folder, breast, write_dicom):
     (tmp_path / "out.local").mkdir()
     with open(tmp_path / "out.local/lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another build is writing"):
+        with pytest.raises(UserError, match="another run is writing"):
             build(BuildOptions((folder,), tmp_path / "out"))
     assert len(made(tmp_path, folder)) == 1
 

@@ -107,6 +107,8 @@ def test_noise_is_one_half(dataset):
     for row in units.values():
         for name in ("supervised_auc", "left_right_auc", "mean_distance_auc"):
             assert 0.2 < row[name]["value"] < 0.8
+            assert abs(row[name.replace("auc", "rank")]["value"] - row["rank_chance"]) < 0.25
+        assert row["rank_chance"] == pytest.approx(0.8, abs=0.01)  # the best of four patches
         assert row["sensitivity"]["1"]["value"] < 1
     low, high = units["image"]["supervised_auc"]["low"], units["image"]["supervised_auc"]["high"]
     assert low - 0.05 <= 0.5 <= high + 0.05
@@ -197,7 +199,8 @@ def test_the_other_breast_is_of_the_same_study_view_and_depth(labelled):
     none = float("nan")
     flat = [("p", "s", "2d", v, side, none, none) for v, side in (("CC", "L"), ("MLO", "R"), ("CC", "R"))]
     other = [("p", "t", "2d", "CC", "L", none, none), ("q", "s", "2d", "CC", "L", none, none),
-             ("p", "s", "2d", None, "L", none, none), ("p", "s", "2d", None, "R", none, none)]  # fmt: skip
+             ("p", "s", "2d", None, "L", none, none), ("p", "s", "2d", None, "R", none, none),
+             ("p", "s", "2d", "CC", None, none, none)]  # fmt: skip
     assert dense.contralateral(rows(*flat, *other)) == {0: 2, 2: 0}
     left = [("p", None, "dbt", "CC", "L", float(s), 3.0) for s in range(3)]
     right = [("p", None, "dbt", "CC", "R", float(s), 5.0) for s in range(5)]

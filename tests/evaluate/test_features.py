@@ -120,7 +120,8 @@ def test_a_long_side_off_the_patch_grid_is_a_user_error(data):
     with pytest.raises(
         UserError, match="--long-side 100 is not a positive multiple of the patch size 14; 98 is"
     ):
-        features.record_features(read_rows([data]), MARKER, 100)
+        features.record_features(read_rows([data]), dataclasses.replace(MARKER, tile=56), 100)
+    assert len(features.record_features(read_rows([data]), MARKER, 100)["x"])  # not a ViT
 
 
 def test_untrained_keeps_the_shape_and_forgets_what_was_seen(encoder):

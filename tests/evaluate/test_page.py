@@ -14,7 +14,7 @@ from mammodino_jax.evaluate.roc import GRID, mean_roc
 
 SECTIONS = [
     "What was asked", "abnormality", "density", "Resolution", "Where lesions are, by patch tokens",
-    "Shortcuts and leakage", "What the encoders find alike", "How to read this page",
+    "Shortcuts and leakage", "Slices of a volume", "What the encoders find alike", "How to read this page",
 ]  # fmt: skip
 
 
@@ -70,8 +70,8 @@ def test_the_page_is_whole_and_loads_nothing(whole, made):
     assert not {"script", "link", "iframe", "b", "films", "layout"} & set(reader.tags)
     assert all(load.startswith("data:image/") for load in reader.loads)
     assert not re.search(r"https?:|url\(|@import", page)
-    # a task: intervals, ROC, few labels of two probes; a sweep each; 6 queries of 4 pictures
-    assert len(reader.loads) == len(reader.alts) == 2 * 4 + 2 + 24
+    # a task: intervals, ROC, few labels of two probes; a sweep each; slices; 6 queries of 4 pictures
+    assert len(reader.loads) == len(reader.alts) == 2 * 4 + 2 + 1 + 24
     assert all(len(alt) > 20 for alt in reader.alts)
     assert made.SECRET not in page and "/home/" not in page
 
@@ -110,7 +110,7 @@ def test_the_numbers_are_on_the_page(whole):
     assert (
         "5 folds x 2" in text
         and "3 left out" in text
-        and "python -m mammodino_jax.evaluate --folds 5" in text
+        and "python -m mammodino_jax.evaluate --data mias --folds 5" in text
     )
     assert "query: 2d, L, CC, density\N{NO-BREAK SPACE}A, cancer\N{NO-BREAK SPACE}0" in text
     assert "0.954: 2d, L, MLO" in text and "transductive: pretraining saw 3 test patients" in text

@@ -4,6 +4,8 @@ import pytest
 
 from mammodino_jax import visualize
 from mammodino_jax.errors import UserError
+from mammodino_jax.evaluate.features import aggregate, encoder_extractor, record_features
+from mammodino_jax.evaluate.items import group, read_rows
 
 
 def test_choose_shows_every_kind_and_view_and_other_patients(data):
@@ -54,10 +56,97 @@ def test_tiles_are_as_large_as_the_images(data, encoder):
         assert not tile[:14, -10:].any()  # the corner is background
 
 
-def test_the_command_writes_one_picture(monkeypatch, data, encoder, tmp_path):
-    monkeypatch.setattr("mammodino_jax.encoder.load_encoder", lambda name: encoder)
-    command = ["--encoder", "tiny", "--data", str(data), "--output", str(tmp_path / "out"), "--images", "2"]
+def test_centred_colours_show_what_differs_within_images():
+    """Two images far apart, each with the same two kinds of patches."""
+    rng = np.random.default_rng(0)
+    kind = np.repeat([-1.0, 1.0], 8)
+    looks = []
+    for offset in (0, 50):
+        tokens = np.zeros((16, 6))
+        tokens[:, 0], tokens[:, 1], tokens[:, 2:] = offset, kind, rng.normal(0, 0.01, (16, 4))
+        looks.append(visualize.Look(tokens.reshape(4, 4, 6), np.ones((4, 4)), None, (8, 8)))
+    plain, centred = (visualize.colour(looks, 2, centre=c) for c in (False, True))
+    first = [tile[::2, ::2, 0].astype(int).ravel() for tile in plain + centred]
+    assert abs(first[0].mean() - first[1].mean()) > 150 and np.ptp(first[0]) < 20
+    assert abs(first[2][:8].mean() - first[2][8:].mean()) > 150
+    assert abs(first[2].mean() - first[3].mean()) < 10
+
+
+def test_attention_is_that_of_the_last_block(data, encoder):
+    """Against the softmax written out, in an encoder of one block; canvas patches beyond an image get none."""
+    import jax
+
+    from mammodino_jax.augment import AugmentConfig, normalise
+    from mammodino_jax.model.head import bind
+
+    pictures = visualize.choose(data, 2)
+    for seen in visualize.look(encoder, [p.image for p in pictures], 56):
+        assert seen.attention.shape == seen.tissue.shape == seen.tokens.shape[:2]
+        assert 0 < seen.attention.min() and 0.5 < seen.attention.sum() < 1
+    image = cv2.resize(pictures[0].image, (56, 56))
+    model = bind(encoder.params, encoder.vit)
+    x = normalise(image[None] / np.float32(255), AugmentConfig(), 3)
+    tokens = np.asarray(model.patch_embed(x)).reshape(16, -1)
+    tokens = (
+        np.concatenate([np.asarray(model.cls_token[...])[0], tokens]) + np.asarray(model.positions(4, 4))[0]
+    )
+    q, k, _ = np.split(np.asarray(model.blocks[0].attn.qkv(model.blocks[0].norm1(tokens))), 3, axis=1)
+    expected = jax.nn.softmax(k @ q[0] / np.sqrt(encoder.vit.dim))[1:]
+    found = visualize.look(encoder, [image], 56)[0]
+    np.testing.assert_allclose(found.attention.ravel(), expected, atol=1e-5)
+    np.testing.assert_allclose(found.tokens.reshape(16, -1), np.asarray(model(x)["patches"])[0], atol=1e-5)
+
+
+def test_neighbours_are_of_other_patients_and_nearest(data, encoder, tmp_path):
+    rows, pictures = read_rows([data]), visualize.choose(data, 3)
+    items = group(rows)
+    x = aggregate(record_features(rows, encoder_extractor(encoder), 56)["cls"], rows, items)
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    for picture, near in visualize.neighbours(encoder, rows, pictures, 56, tmp_path):
+        patients = [rows.columns["patient_id"][i] for _, i in near]
+        assert len(near) == visualize.NEIGHBOURS and picture.row["patient_id"] not in patients
+        cosine = [c for c, _ in near]
+        mine = items.item[rows.columns["image_id"].tolist().index(picture.row["image_id"])]
+        best = np.sort((x @ x[mine])[items.patient != picture.row["patient_id"]])[::-1]
+        np.testing.assert_allclose(cosine, best[: len(near)], atol=1e-6)
+
+
+class NoTransformer:
+    """A network of another kind: the mean grey of each patch."""
+
+    name, vit, patch_size, dim, long_side, made_for, fingerprint = "convnet", None, 14, 3, 56, {}, "0"
+
+    def __call__(self, images, sizes=None):
+        B, H, W = images.shape
+        grey = images.reshape(B, H // 14, 14, W // 14, 14).mean(axis=(2, 4)).reshape(B, -1, 1) / 255
+        patches = np.concatenate([grey, grey**2, 1 - grey], axis=2).astype(np.float32)
+        return {"cls": patches.mean(axis=1), "patches": patches}
+
+
+@pytest.mark.parametrize("transformer", [True, False])
+def test_the_command_writes_pictures_and_a_page(monkeypatch, data, encoder, tmp_path, transformer):
+    used = encoder if transformer else NoTransformer()
+    monkeypatch.setattr("mammodino_jax.encoder.load_encoder", lambda name: used)
+    command = ["--encoder", "tiny", "--data", str(data), "--output", str(tmp_path / "out"), "--images", "3"]
     visualize.main([*command, "--long-side", "56"])
-    assert cv2.imread(str(tmp_path / "out/patch_pca.png")).any()
+    page = (tmp_path / "out/index.html").read_text()
+    names = ["patch_pca", "neighbours", "slices"] + ["attention"] * transformer
+    for name in names:
+        assert cv2.imread(str(tmp_path / f"out/{name}.png")).any()
+    assert {p.stem for p in (tmp_path / "out").glob("*.png")} == set(names)
+    assert page.count("<img") == 3 + 3 + 3 + 3 * transformer  # the volume has 3 slices
+    assert ("it has no attention to show" in page) != transformer and "http" not in page
     with pytest.raises(UserError, match="--images 0"):
         visualize.main([*command[:-1], "0"])
+
+
+def test_pictures_of_raw_files(monkeypatch, labelled, encoder, tmp_path):
+    monkeypatch.setattr("mammodino_jax.encoder.load_encoder", lambda name: encoder)
+    monkeypatch.setenv("MAMMODINO_KEY_FILE", str(tmp_path / "key"))
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        cv2.imwrite(str(tmp_path / f"in/{i}.png"), labelled.breast(120, i, 300, 200))
+    command = ["--encoder", "tiny", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    visualize.main([*command, "--long-side", "56"])
+    page = (tmp_path / "out/index.html").read_text()
+    assert page.count("<img") == 9 and "3 records" in page and not (tmp_path / "out/slices.png").exists()
