@@ -12,6 +12,7 @@ import json
 import platform
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from mammodino_jax.errors import UserError, run_command, suggest
 from mammodino_jax.evaluate import benchmarks, extras, probes
 from mammodino_jax.evaluate.benchmarks import Benchmark
 from mammodino_jax.evaluate.entries import Entry, plan
+from mammodino_jax.evaluate.features import REMEMBERED
 from mammodino_jax.evaluate.html import write_page
 from mammodino_jax.evaluate.items import Rows, read_rows
 from mammodino_jax.evaluate.scores import NAME, write_scores
@@ -121,6 +123,11 @@ def facts(args, rows: Rows, benchmark: Benchmark, absent: list[str], entries: li
     }  # fmt: skip
 
 
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def main(argv=None) -> None:
     args = parse(argv)
     benchmark = benchmarks.find(args.benchmark)
@@ -131,16 +138,18 @@ def main(argv=None) -> None:
     args.folds = benchmark.folds if args.folds is None else args.folds
     questions, absent = ask(benchmark, rows, args.folds, args.repeats, args.seed)
     tested = np.any([q.tested() for q in questions], axis=0)
-    entries = plan(args, rows, tested)
-    features = {e.name: e.features(args.cache, args.tiles) for e in entries if e.extractor}
-    results, scored = facts(args, rows, benchmark, absent, entries), []
+    with tempfile.TemporaryDirectory(prefix="patches-", dir=_made(args.cache)) as memory:
+        kept = args.dense and len(rows) <= REMEMBERED
+        entries = plan(args, rows, tested, Path(memory) if kept else None)
+        features = {e.name: e.features(args.cache, args.tiles) for e in entries if e.extractor}
+        results, scored = facts(args, rows, benchmark, absent, entries), []
+        if args.dense:
+            results["dense"] = extras.dense_probe(args, entries)
     results["tasks"] = []
     for question in questions:
         task, found = answer(question, entries, features, args, benchmark.breakdown)
         results["tasks"].append(task)
         scored += [(task["task"], *of_entry) for of_entry in found]
-    if args.dense:
-        results["dense"] = extras.dense_probe(args, entries)
     if args.shortcuts:
         results |= extras.shortcut_probes(args, entries, features)
     if args.long_side and len(args.long_side) > 1:
