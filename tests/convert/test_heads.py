@@ -26,7 +26,8 @@ def test_heads_come_back_bit_exact(tmp_path, head):
     # our own way: configs/continue.py:OUT,heads=OUT/heads.safetensors
     same(load_pretrained(str(out), str(out / "heads.safetensors"), vit, head), network)
     # Meta's: its training writes "teacher" and reads "model" (student.pretrained_weights)
-    same(load_pretrained(f"dbt-dino:{out / 'teacher_checkpoint.pth'}", "", vit, head), network)
+    checkpoint = str(out / "teacher_checkpoint.pth")
+    same(load_pretrained(f"hub:{checkpoint}", checkpoint, vit, head), network)
     state = torch.load(out / "teacher_checkpoint.pth", weights_only=True)
     assert state.keys() == {"teacher", "model"} and state["teacher"].keys() == network.keys()
     assert {f"backbone.{name}" for name in state["model"]} | heads.keys() == network.keys()
@@ -41,8 +42,8 @@ def test_heads_of_a_checkpoint_of_others_are_kept(tmp_path):
     network = weights(VIT, HEAD)
     spec = "dbt-dino:" + save_torch(tmp_path / "t.pth", network, wrap="teacher")
     main(["--encoder", spec, "--format", "hub", "--heads", "--output", str(tmp_path / "out")])
-    params = load_pretrained(str(tmp_path / "out"), str(tmp_path / "out/heads.safetensors"), VIT, HEAD)
-    same(params, network)
+    heads, unscaled = str(tmp_path / "out/heads.safetensors"), ((0.0,) * 3, (1.0,) * 3)  # DBT-DINO's input
+    same(load_pretrained(str(tmp_path / "out"), heads, VIT, HEAD, *unscaled), network)
     assert load_encoder(str(tmp_path / "out")).vit == load_encoder(spec).vit
 
 
