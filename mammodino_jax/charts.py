@@ -109,17 +109,21 @@ def probes(results: dict) -> bytes:
         for ax in axes.ravel()[len(tasks) :]:
             ax.set_visible(False)
         for ax, task in zip(axes.ravel(), tasks, strict=False):
+            asked = list(dict.fromkeys(row["probe"] for row in task["rows"] if row["probe"] != "none"))
             for row in task["rows"]:
                 auc = row["metrics"]["auc"]
                 if auc["value"] is None:
                     continue
-                y = names.index(row["features"]) + {"kNN": -0.16, "linear": 0.16}.get(row["probe"], 0)
+                y = names.index(row["features"])
+                if row["probe"] in asked:
+                    y += 0.64 * (asked.index(row["probe"]) + 0.5) / len(asked) - 0.32
                 colour = BLUE if row["encoder"] else GREY
                 if auc["low"] is not None:
                     ends = [auc["low"], auc["high"]]
                     ax.plot(ends, [y, y], color=colour, linewidth=2, solid_capstyle="round")
                 face = "white" if row["probe"] == "kNN" else colour
-                ax.plot(auc["value"], y, "o", color=colour, markerfacecolor=face, markersize=6)
+                shape = {"attentive": "s", "finetune": "D"}.get(row["probe"], "o")
+                ax.plot(auc["value"], y, shape, color=colour, markerfacecolor=face, markersize=6)
             ax.axvline(0.5, color=GREY, linewidth=1, linestyle="--")
             ax.set_yticks(range(len(names)), names, color=INK)
             ax.set_ylim(len(names) - 0.5, -0.5)

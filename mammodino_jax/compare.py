@@ -46,14 +46,24 @@ class System(NamedTuple):
 
 
 def read_run(folder: Path) -> Run:
-    """Raises UserError: the folder holds no results of evaluate, or those of an earlier version."""
+    """Raises UserError: the folder holds no results of evaluate, of an earlier version, or of two runs."""
     path = folder / "results.json"
     if not path.is_file():
         raise UserError(f"{path} does not exist; run first: python -m mammodino_jax.evaluate")
-    results = json.loads(path.read_text())
-    if not all("metrics" in row for task in results.get("tasks", [{}]) for row in task.get("rows", [{}])):
-        raise UserError(f"{path} is of an earlier version; run python -m mammodino_jax.evaluate again")
-    return Run(folder, results, read_scores(folder / NAME))
+    try:
+        results = json.loads(path.read_text())
+        keys = {
+            (t["task"], r["features"], r["probe"])
+            for t in results["tasks"]
+            for r in t["rows"]
+            if r["metrics"]
+        }
+    except (ValueError, KeyError):
+        raise UserError(f"{path} is damaged, or of an earlier version; run evaluate again") from None
+    scores = read_scores(folder / NAME)
+    if not keys <= scores.keys():
+        raise UserError(f"{folder / NAME} lacks rows of {path}; run evaluate again")
+    return Run(folder, results, scores)
 
 
 def check_alike(first: Run, other: Run) -> None:

@@ -38,7 +38,7 @@ from mammodino_jax.errors import UserError, run_command
 
 # Images and slices of a part, at least: what a kill costs, and what is put into batches together.
 PART = 64
-BATCH = 8  # images at once on a device: larger ones are filled less often within a part
+BATCH = 8  # images at once on an accelerator's device: larger batches are filled less often within a part
 _INDEX = (  # columns that are those of index.parquet; of a volume those of its first slice
     "patient_id", "study_id", "volume_id", "dataset", "kind", "laterality", "view", "view_modifier",
     "manufacturer", "model", "site", "slice_index", "num_slices", "pixel_mm", "pixel_mm_source", "height",
@@ -93,7 +93,7 @@ def embed(encoder, options: BuildOptions, long_side: int = 0, batch_size: int = 
       encoder: as in encoder.py.
       options: inputs, output, workers, dataset, key and settings are used.
       long_side: of the encoder's input in pixels; 0: the encoder's own.
-      batch_size: images at once; 0: as many as memory allows, at most BATCH a device.
+      batch_size: images at once; 0: as many as memory allows, at most BATCH a device, and 1 on a CPU.
       per_slice: a row a slice of a volume.
       images: folder for the encoder's inputs, as <image id>.png; its features of such a picture, with the
         picture as the whole canvas, are the row's.
@@ -105,6 +105,8 @@ def embed(encoder, options: BuildOptions, long_side: int = 0, batch_size: int = 
     Raises:
       UserError: bad paths, no usable file, or the output is of other inputs or settings.
     """
+    import jax
+
     from mammodino_jax.data.eval import check_long_side
     from mammodino_jax.evaluate.features import batches_of, encoder_extractor
 
@@ -112,7 +114,8 @@ def embed(encoder, options: BuildOptions, long_side: int = 0, batch_size: int = 
     if output.suffix not in (".parquet", ".npz"):
         raise UserError(f"--output {output}: expected a file that ends in .parquet or .npz")
     long_side = long_side or encoder.long_side
-    check_long_side(long_side, encoder.patch_size)
+    if encoder.vit:
+        check_long_side(long_side, encoder.patch_size)
     listing = list_inputs(options, local)
     dataset = options.dataset or options.source
     key = load_key(options.key, output, local)
@@ -137,9 +140,10 @@ def embed(encoder, options: BuildOptions, long_side: int = 0, batch_size: int = 
             work = functools.partial(
                 read_records, settings=options.settings, dataset=dataset, key=key, folder=Path(folder)
             )
-            fit = batches_of(encoder, batch_size)
+            fit = batches_of(encoder)
+            most = 1 if jax.default_backend() == "cpu" else BATCH * jax.local_device_count()
             extractor = replace(
-                encoder_extractor(encoder), batch_size=lambda n: batch_size or min(fit(n), BATCH)
+                encoder_extractor(encoder), batch_size=lambda n: batch_size or min(fit(n), most)
             )
             parts = {local / f"parts/{i:05d}.parquet": part for i, part in enumerate(_parts(planned))}
             todo = {path: part for path, part in parts.items() if not path.is_file()}
@@ -364,7 +368,7 @@ def main(argv=None) -> None:
     add("--preset", choices=tuple(PRESETS), help="preprocessing (default: what the encoder was made for)")
     add("--foreign-preprocessing", action="store_true", help="allow another than the encoder was made for")
     add("--long-side", type=int, default=0, metavar="PX", help="of its input (default: the encoder's own)")
-    add("--batch-size", type=int, default=0, help="images at once (default: up to 8 a device)")
+    add("--batch-size", type=int, default=0, help="images at once (default: up to 8 a device, on a CPU 1)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes that read files")
     add("--per-slice", action="store_true", help="a row a slice instead of a row a tomosynthesis volume")
     add("--save-images", type=Path, metavar="DIR", help="write the encoder's inputs as 8-bit PNG files, too")

@@ -26,7 +26,7 @@ def test_from_phantoms_to_report(tmp_path):
         return done.stdout
 
     dicom, data, workdir, encoder = (tmp_path / n for n in ("dicom", "data", "run", "encoder"))
-    write_phantoms(dicom, patients=10, seed=0, coarsen=4)
+    write_phantoms(dicom, patients=18, seed=0, coarsen=4)
     build = (
         "-m",
         "data_prep",

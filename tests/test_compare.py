@@ -191,13 +191,17 @@ def test_results_that_do_not_match_are_refused_by_name(run, write, other, messag
     assert not run.output.exists()
 
 
-def test_missing_and_old_results_are_user_errors(run, write, tmp_path):
+def test_missing_damaged_and_old_results_are_user_errors(run, write, tmp_path):
     with pytest.raises(UserError, match=r"results.json does not exist; run first"):
         run(tmp_path)
-    folder = write("one", {"ours": 1.0})
-    (folder / "scores.parquet").unlink()
+    one, two = write("one", {"ours": 1.0}), write("two", {"theirs": 1.0})
+    (one / "results.json").write_bytes((two / "results.json").read_bytes())
+    with pytest.raises(UserError, match=r"scores.parquet lacks rows of .*results.json"):
+        run(one)
+    (two / "scores.parquet").unlink()
     with pytest.raises(UserError, match=r"scores.parquet does not exist"):
-        run(folder)
-    (folder / "results.json").write_text(json.dumps({"tasks": [{"rows": [{"auc": 0.5}]}]}))
-    with pytest.raises(UserError, match="is of an earlier version"):
-        run(folder)
+        run(two)
+    for text in (json.dumps({"tasks": [{"task": "a", "rows": [{"auc": 0.5}]}]}), "{"):
+        (two / "results.json").write_text(text)
+        with pytest.raises(UserError, match="is damaged, or of an earlier version"):
+            run(two)

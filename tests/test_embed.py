@@ -157,7 +157,7 @@ class Interrupted(Exception):
 def test_an_interrupted_run_goes_on_where_it_was(whole, encoder, files, tmp_path, monkeypatch):
     """In this process: calls of the encoder are counted."""
     monkeypatch.setattr(module, "PART", 8)
-    calls, stop = [], [5]
+    calls, stop = [], [10**6]
 
     class Counted(type(encoder)):
         def __call__(self, images, sizes=None):
@@ -167,18 +167,18 @@ def test_an_interrupted_run_goes_on_where_it_was(whole, encoder, files, tmp_path
             return super().__call__(images, sizes)
 
     counted = Counted(**{f.name: getattr(encoder, f.name) for f in dataclasses.fields(encoder)})
+    embed(counted, BuildOptions((files,), tmp_path / "g.parquet"), LONG_SIDE)
+    total, stop[0] = len(calls), len(calls) // 2
+    calls.clear()
     options = BuildOptions((files,), tmp_path / "f.parquet")
     with pytest.raises(Interrupted):
         embed(counted, options, LONG_SIDE)
     kept = len(list((tmp_path / "f.parquet.local/parts").glob("*.parquet")))
     assert kept and not (tmp_path / "f.parquet").exists()
-    calls.clear(), stop.__setitem__(0, 10**6)
-    done = embed(counted, options, LONG_SIDE)
-    again = len(calls)
-    assert done["kept"] == kept < done["parts"]
     calls.clear()
-    embed(counted, BuildOptions((files,), tmp_path / "g.parquet"), LONG_SIDE)
-    assert again < len(calls)
+    stop[0] = 10**6
+    done = embed(counted, options, LONG_SIDE)
+    assert done["kept"] == kept < done["parts"] and len(calls) < total
     table = pq.read_table(tmp_path / "f.parquet")
     assert table.equals(pq.read_table(tmp_path / "g.parquet"))  # the same bits
     assert table["id"].equals(whole[1]["id"])

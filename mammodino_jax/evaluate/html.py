@@ -16,7 +16,8 @@ DENSE = {
     "mean_distance_auc": "unlike the rest of the breast: AUC",
 }
 MARKS = (
-    ("dot and bar", "Figure, 95 % interval over draws of test patients; blue: encoders; hollow: kNN."),
+    ("dot and bar", "Figure, 95 % interval over draws of test patients. Hollow: kNN, full: linear probe."),
+    ("square, diamond", "Attentive pooling of patch tokens, and the encoder fine-tuned."),
     ("grey", "Baseline that an encoder has to beat; random init: its architecture, untrained."),
     ("shaded band", f"95 % of the ROC curves over {DRAWS} draws of test patients; probes as trained."),
     ("folds", "Scores of two folds are never ranked against each other: AUCs and curves are averaged."),

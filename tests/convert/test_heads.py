@@ -8,6 +8,7 @@ import pytest
 from convert.test_pretrained import HEAD, SEPARATE, VIT, same, save_torch, weights, write_workdir
 from safetensors.numpy import load_file
 
+from mammodino_jax.convert.foreign import STATISTICS
 from mammodino_jax.convert.pretrained import load_pretrained
 from mammodino_jax.encoder import load_encoder
 from mammodino_jax.errors import UserError
@@ -26,8 +27,8 @@ def test_heads_come_back_bit_exact(tmp_path, head):
     # our own way: configs/continue.py:OUT,heads=OUT/heads.safetensors
     same(load_pretrained(str(out), str(out / "heads.safetensors"), vit, head), network)
     # Meta's: its training writes "teacher" and reads "model" (student.pretrained_weights)
-    checkpoint = str(out / "teacher_checkpoint.pth")
-    same(load_pretrained(f"hub:{checkpoint}", checkpoint, vit, head), network)
+    meta = str(out / "teacher_checkpoint.pth")
+    same(load_pretrained(f"hub:{meta}", meta, vit, head), network)
     state = torch.load(out / "teacher_checkpoint.pth", weights_only=True)
     assert state.keys() == {"teacher", "model"} and state["teacher"].keys() == network.keys()
     assert {f"backbone.{name}" for name in state["model"]} | heads.keys() == network.keys()
@@ -42,8 +43,8 @@ def test_heads_of_a_checkpoint_of_others_are_kept(tmp_path):
     network = weights(VIT, HEAD)
     spec = "dbt-dino:" + save_torch(tmp_path / "t.pth", network, wrap="teacher")
     main(["--encoder", spec, "--format", "hub", "--heads", "--output", str(tmp_path / "out")])
-    heads, unscaled = str(tmp_path / "out/heads.safetensors"), ((0.0,) * 3, (1.0,) * 3)  # DBT-DINO's input
-    same(load_pretrained(str(tmp_path / "out"), heads, VIT, HEAD, *unscaled), network)
+    out, (mean, std) = tmp_path / "out", STATISTICS["dbt-dino"]
+    same(load_pretrained(str(out), str(out / "heads.safetensors"), VIT, HEAD, mean, std), network)
     assert load_encoder(str(tmp_path / "out")).vit == load_encoder(spec).vit
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
+from mammodino_jax import charts
 from mammodino_jax.evaluate.html import write_page
 from mammodino_jax.evaluate.roc import GRID, mean_roc
 
@@ -149,6 +150,20 @@ def test_a_sweep_draws_curves_of_the_largest_input_only(made, tmp_path):
         patch.setattr("mammodino_jax.charts.roc", lambda lines, grid, styles: drawn.update(lines) or b"")
         write_page(made.minimal([task]), folds, None, tmp_path)
     assert len(drawn) == 5 and all(name.endswith(" @ 1036") for name in drawn)
+
+
+def test_intervals_of_four_probes_lie_beside_each_other(made):
+    task = made.make_task("abnormality", 2, [], few=False)
+    one = task["rows"][-1]
+    task["rows"] = [one | {"probe": name} for name in ("kNN", "linear", "attentive", "finetune")]
+    task["rows"].append(one | {"features": "hand-made", "encoder": None, "probe": "linear"})
+    figures = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(charts, "_svg", figures.append)
+        charts.probes({"tasks": [task]})
+    dots = [line for line in figures[0].axes[0].lines if line.get_marker() in ("o", "s", "D")]
+    assert [round(float(dot.get_ydata()[0]), 2) for dot in dots] == [-0.24, -0.08, 0.08, 0.24, 0.92]
+    assert [dot.get_color() for dot in dots] == [charts.BLUE] * 4 + [charts.GREY]
 
 
 def sklearn_mean(folds, classes):
