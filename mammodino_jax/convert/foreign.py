@@ -41,6 +41,8 @@ def read(spec: str) -> Encoder:
     Args:
       spec: one of FOREIGN, a colon and a file; for `hf` and `biomedclip` a folder, too. Its
         preprocessor_config.json or open_clip_config.json, where there is one, gives the input statistics.
+        `dbt-dino` takes its input unscaled; other checkpoints of Meta's training code are `hub`, and their
+        heads the same file.
 
     Raises:
       UserError: nothing readable there, or no encoder in the names that the kind promises.
@@ -84,7 +86,8 @@ def read(spec: str) -> Encoder:
     vit = _infer(path, kind, hub)
     if not vit.registers:
         hub.pop("register_tokens", None)
-    check(path, hub, hub_shapes(vit))
+    hint = f"; no ViT that we know: if its names are of another kind, give that ({', '.join(FOREIGN)})"
+    check(path, hub, hub_shapes(vit), hint)
     rad = np.allclose((mean[0], std[0]), np.ravel(RAD_DINO), atol=1e-4) or "rad-dino" in name.lower()
     preset = "dbt-dino" if kind == "dbt-dino" else "rad-dino" if kind == "hf" and rad else ""
     made, side = made_for(preset), vit.image_size if preset or kind == "biomedclip" else 0
