@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import numpy as np
+from absl import logging
 
 from mammodino_jax.errors import UserError
 from mammodino_jax.evaluate import probes
@@ -164,18 +165,25 @@ def _reader(question: Question, entry, name: str, features: dict, args) -> tuple
 
     rows, items, encoder, side = entry.rows, question.items, entry.encoder, entry.long_side
     ids = [rows.columns[c][items.item >= 0].tolist() for c in ("image_id", "pixel_hash")]
-    key = repr((encoder.fingerprint, side, question.task.level, ids))
+    config = finetune.FinetuneConfig(**({"micro_batch": args.batch_size} if args.batch_size else {}))
+    how = attentive.SIDE if name == "attentive" else config
+    key = repr((encoder.fingerprint, side, question.task.level, ids, how))
 
     @functools.cache
     def cells():
-        found = attentive.item_cells(rows, items, encoder, side, batch_size=args.batch_size)
-        return tuple(part[question.chosen] for part in found[:2])
+        *found, left_out = attentive.item_cells(rows, items, encoder, side, batch_size=args.batch_size)
+        if left_out:
+            logging.warning(
+                "%s: %d images beyond the first %d of a %s are not read by the attentive probe",
+                question.task.name, left_out, attentive.IMAGES, question.task.level,
+            )  # fmt: skip
+        return tuple(part[question.chosen] for part in found)
 
     def on_cells(x, *rest):
         return attentive.attentive(x(), *rest)
 
     def on_images(x, *rest):
-        return finetune.finetune(x, *rest, encoder, side)
+        return finetune.finetune(x, *rest, encoder, side, config)
 
     if name == "attentive":
         return on_cells, cells, key
