@@ -67,8 +67,8 @@ def parse(argv=None) -> argparse.Namespace:
     add("--foreign-preprocessing", action="store_true", help="allow a build that an encoder was not made for")
     add("--draws", type=int, default=2000, help="bootstrap draws of patients")
     add("--seed", type=int, default=0)
-    add("--batch-size", type=int, default=0, help="images encoded at once, or differentiated at once by finetune (a part of 32); default: "
-        "by the memory of their attention")  # fmt: skip
+    add("--batch-size", type=int, default=0, help="images encoded at once, or differentiated at once by "
+        "finetune (a part of 32); default: by the memory of their attention")  # fmt: skip
     add(
         "--cache", type=Path, default=CACHE, help="features and scores of earlier runs (default: %(default)s)"
     )
