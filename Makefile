@@ -1,6 +1,6 @@
 # make demo: phantoms -> shards -> pretraining -> probe -> export -> demo/report.html
-# make test: lint and tests.  make accept-spine, accept-preprocessing, accept-learning: the acceptance
-# runs at full size.
+# make test: lint and tests.  make accept-spine, accept-preprocessing, accept-learning, accept-evaluation:
+# the acceptance runs at full size.
 # Each makes .venv and installs what it needs; a second run starts at once.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ DEMO ?= demo
 PATIENTS ?= 40
 TORCH := $(shell grep -s '^torch==' requirements-dev.txt)
 
-.PHONY: demo test test-fast accept-spine accept-preprocessing accept-learning clean
+.PHONY: demo test test-fast accept-spine accept-preprocessing accept-learning accept-evaluation clean
 
 $(VENV)/runtime.stamp: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,7 +31,8 @@ demo: $(VENV)/runtime.stamp
 	  --split 0.6,0.1,0.3 --key $(DEMO)/key --workers 2
 	$(PY) main.py --config=configs/nano.py:$(DEMO)/data --workdir=$(DEMO)/run
 	$(PY) -m mammodino_jax.export --workdir $(DEMO)/run --format hf --output $(DEMO)/encoder
-	$(PY) -m mammodino_jax.evaluate --encoder $(DEMO)/run --data $(DEMO)/data --benchmark phantom --output $(DEMO)/results
+	$(PY) -m mammodino_jax.evaluate --encoder $(DEMO)/run --data $(DEMO)/data --benchmark phantom --shortcuts \
+	  --dense --cache $(DEMO)/cache --output $(DEMO)/results
 	$(PY) -m mammodino_jax.report --workdir $(DEMO)/run --data $(DEMO)/data --results $(DEMO)/results \
 	  --export $(DEMO)/encoder --output $(DEMO)/report.html
 
@@ -51,6 +52,9 @@ accept-preprocessing: $(VENV)/dev.stamp
 
 accept-learning: $(VENV)/dev.stamp
 	$(PY) -m pytest -s -m accept tests/acceptance/test_learning*.py
+
+accept-evaluation: $(VENV)/dev.stamp
+	$(PY) -m pytest -s -m accept tests/acceptance/test_evaluation*.py
 
 clean:
 	rm -rf $(VENV) $(DEMO)

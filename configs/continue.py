@@ -21,7 +21,7 @@ from configs import options, vitb14_518
 def get_config(arg=None):
     weights, o = options.parse(arg, "", heads="", data="", photometrics="mammo")
     c = vitb14_518.get_config(f"photometrics={o['photometrics']},data={o['data']}")
-    ours = bool(weights) and weights.partition(":")[0] not in ("hub", "timm", "hf", "dbt-dino")
+    ours = bool(weights) and weights.partition(":")[0] not in ("hub", "timm", "hf", "dbt-dino", "biomedclip")
     warm = ours or bool(o["heads"]) or weights.startswith("dbt-dino:")
     c.init.update(
         weights=weights, heads=o["heads"], freeze_steps=1000 if warm else 10_000, unfreeze_steps=1000

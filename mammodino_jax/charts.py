@@ -99,7 +99,6 @@ def probes(results: dict) -> bytes:
     """AUC with its 95 % interval of each feature set and probe: a panel a task, a line a row of the table."""
     tasks = results["tasks"]
     names = list(dict.fromkeys(row["features"] for task in tasks for row in task["rows"]))
-    colours = {"majority class": GREY, "hand-made": GREEN, "random init": ORANGE}
     columns = min(2, len(tasks))
     lines = -(-len(tasks) // columns)
     with plt.rc_context({**STYLE, "axes.grid.axis": "x"}):
@@ -110,17 +109,21 @@ def probes(results: dict) -> bytes:
         for ax in axes.ravel()[len(tasks) :]:
             ax.set_visible(False)
         for ax, task in zip(axes.ravel(), tasks, strict=False):
+            asked = list(dict.fromkeys(row["probe"] for row in task["rows"] if row["probe"] != "none"))
             for row in task["rows"]:
                 auc = row["metrics"]["auc"]
                 if auc["value"] is None:
                     continue
-                y = names.index(row["features"]) + {"kNN": -0.16, "linear": 0.16}.get(row["probe"], 0)
-                colour = colours.get(row["features"], BLUE)
+                y = names.index(row["features"])
+                if row["probe"] in asked:
+                    y += 0.64 * (asked.index(row["probe"]) + 0.5) / len(asked) - 0.32
+                colour = BLUE if row["encoder"] else GREY
                 if auc["low"] is not None:
                     ends = [auc["low"], auc["high"]]
                     ax.plot(ends, [y, y], color=colour, linewidth=2, solid_capstyle="round")
                 face = "white" if row["probe"] == "kNN" else colour
-                ax.plot(auc["value"], y, "o", color=colour, markerfacecolor=face, markersize=6)
+                shape = {"attentive": "s", "finetune": "D"}.get(row["probe"], "o")
+                ax.plot(auc["value"], y, shape, color=colour, markerfacecolor=face, markersize=6)
             ax.axvline(0.5, color=GREY, linewidth=1, linestyle="--")
             ax.set_yticks(range(len(names)), names, color=INK)
             ax.set_ylim(len(names) - 0.5, -0.5)
@@ -192,16 +195,18 @@ def points(lines: dict[str, list], drawn: dict[str, dict], xlabel: str) -> bytes
         size = (5.2, 4.2 + 0.17 * len(lines))
         figure, ax = plt.subplots(figsize=size, layout="constrained")
         ticks = sorted({point[0] for line in lines.values() for point in line})
+        spread = (ticks[-1] / ticks[0]) ** 0.008  # bars stand beside each other
+        ticks = [t for t, before in zip(ticks, [0, *ticks], strict=False) if t > 1.1 * before]
         for place, (name, line) in enumerate(lines.items()):
             x, y, low, high = np.array(sorted(line), float).T
-            x = x * (ticks[-1] / ticks[0]) ** (0.008 * (place - len(lines) / 2))  # bars beside each other
+            x = x * spread ** (place - len(lines) / 2)
             colour = drawn[name]["color"]
             ax.vlines(x, low, high, color=colour, linewidth=1, alpha=0.6)
             ax.plot(x, y, **drawn[name])
             ax.plot(x, y, "o", color=colour, markersize=4)
         ax.axhline(0.5, color=GREY, linewidth=1, linestyle="--")
         ax.set_xscale("log")
-        ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+        ax.set_xticks(ticks, [f"{tick:.4g}" for tick in ticks])
         ax.minorticks_off()
         ax.set(xlabel=xlabel, ylabel="AUC")
         _legend_below(figure, {name: drawn[name] for name in lines})

@@ -58,6 +58,24 @@ def load_dump(folder: Path, target: dict) -> dict:
     return ocp.load_checkpointables(folder / "state", {"state": target})["state"]
 
 
+def save_params(folder: Path, params: dict) -> None:
+    """Write parameters alone, as one Orbax pytree."""
+    ocp.save(Path(folder).absolute(), params)
+
+
+def load_params(folder: Path, target: dict) -> dict:
+    """Parameters that `save_params` wrote, in the shapes of the abstract `target`.
+
+    Raises:
+      UserError: nothing readable there, or of another structure or shapes.
+    """
+    try:
+        return ocp.load(Path(folder).absolute(), _here(target))
+    except (ValueError, KeyError, OSError, ocp.errors.InvalidLayoutError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder} does not hold the parameters that are described: {reason}") from None
+
+
 def steps(folder: Path) -> list[int]:
     """Steps of the finished checkpoints under `folder`, ascending."""
     if not Path(folder).is_dir():
@@ -83,9 +101,14 @@ def load(workdir: Path, part: str = "state", names: dict | None = None):
             f"no finished checkpoint under {folder}; train first: python main.py --config=... --workdir=..."
         )
     if names is not None:
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # whatever layout it was trained in
-        names = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), names)
+        names = _here(names)
     context = ocp.Context()
     context.pytree.loading.partial_load = names is not None
     with context:
         return ocp.load_checkpointables(folder / str(found[-1]), {part: names})[part]
+
+
+def _here(abstract: dict) -> dict:
+    """Abstract arrays to be read onto one device, whatever layout they were trained in."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), abstract)

@@ -115,7 +115,8 @@ def embed(encoder, options: BuildOptions, long_side: int = 0, batch_size: int = 
     if output.suffix not in (".parquet", ".npz"):
         raise UserError(f"--output {output}: expected a file that ends in .parquet or .npz")
     long_side = long_side or encoder.long_side
-    check_long_side(long_side, encoder.patch_size)
+    if encoder.vit:
+        check_long_side(long_side, encoder.patch_size)
     if images and images.exists() and not images.is_dir():
         raise UserError(f"--save-images {images}: expected a folder")
     listing = list_inputs(options, local)

@@ -35,7 +35,7 @@ class Encoder:
 
     Attributes:
       name: how tables call it.
-      vit: shape of the backbone.
+      vit: shape of the backbone; None: it is not a ViT.
       params: its parameters, nested.
       mean, std: statistics of the input normalisation, one a channel (grey is repeated to 3 channels).
       provenance: what pretraining saw (provenance.collect); empty for untrained or foreign weights.
@@ -45,7 +45,7 @@ class Encoder:
     """
 
     name: str
-    vit: ViTConfig
+    vit: ViTConfig | None
     params: dict
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
@@ -111,8 +111,8 @@ def load_encoder(spec: str) -> Encoder:
     """Load the encoder that `spec` names.
 
     Args:
-      spec: a training workdir (the teacher of its newest checkpoint), a folder exported as `hf` or `hub`,
-        foreign weights (`hub:FILE`, `timm:FILE`, `hf:DIR`, `dbt-dino:FILE`, `biomedclip:DIR`,
+      spec: a training workdir (the teacher of its newest checkpoint), a folder that mammodino_jax.export
+        wrote, foreign weights (`hub:FILE`, `timm:FILE`, `hf:DIR`, `dbt-dino:FILE`, `biomedclip:DIR`,
         `mammoclip:FILE`, see convert.foreign.read), or `random:ARCH` (nano, vits14, vitb14, vitl14, vitg14)
         for untrained weights.
 
@@ -141,12 +141,12 @@ def load_encoder(spec: str) -> Encoder:
         )
     if (folder / "checkpoints").is_dir():
         return _from_workdir(folder)
-    if (folder / "model.safetensors").is_file():
+    if any((folder / name).is_file() for name in ("mammodino.json", "model.safetensors")):
         from mammodino_jax.convert import folder as exported
 
         return exported.load(folder)
     raise UserError(
-        f"{spec} holds neither checkpoints/ (a workdir) nor model.safetensors (an exported folder); "
+        f"{spec} holds neither checkpoints/ (a workdir) nor mammodino.json (an exported folder); "
         f"weights of others are named with their kind: {', '.join(FOREIGN)}"
     )
 

@@ -50,8 +50,11 @@ th { color: var(--soft); font-weight: 600; }
 th:not(:last-child), td:not(:last-child), td:not(.long) { white-space: nowrap; }
 td.long { min-width: 24ch; }
 tr.ours td { background: #eaf3fb; }
-.figures :is(th, td:first-child) { white-space: normal; vertical-align: bottom; }
-.figures td:first-child { min-width: 18ch; vertical-align: inherit; }
+.figures :is(th, td) { padding: 5px 7px; }
+.figures :is(th, td:first-child) { white-space: normal; }
+.figures th { vertical-align: bottom; }
+.figures td:first-child { min-width: 17ch; }
+.figures td.long:last-child { min-width: 20ch; }
 .wide + p, .tiles + .tiles, details { margin-top: 14px; }
 summary { cursor: pointer; color: var(--accent); font-size: 0.875rem; font-weight: 600; }
 code { font: 0.875em ui-monospace, Menlo, Consolas, monospace; background: #f0f3f6; padding: 1px 5px;

@@ -26,7 +26,7 @@ def test_from_phantoms_to_report(tmp_path):
         return done.stdout
 
     dicom, data, workdir, encoder = (tmp_path / n for n in ("dicom", "data", "run", "encoder"))
-    write_phantoms(dicom, patients=10, seed=0, coarsen=4)
+    write_phantoms(dicom, patients=18, seed=0, coarsen=4)
     build = (
         "-m",
         "data_prep",
@@ -62,7 +62,8 @@ def test_from_phantoms_to_report(tmp_path):
 
     run("-m", "mammodino_jax.export", "--workdir", workdir, "--format", "hf", "--output", encoder)
     run("-m", "mammodino_jax.evaluate", "--encoder", encoder, "--data", data, "--benchmark", "phantom",
-        "--output", tmp_path / "results", "--long-side", 84)  # fmt: skip
+        "--output", tmp_path / "results", "--long-side", 84, "--folds", 3, "--transductive",
+        "--cache", tmp_path / "cache")  # fmt: skip
     run("-m", "mammodino_jax.report", "--workdir", workdir, "--data", data, "--results", tmp_path / "results",
         "--export", encoder, "--output", tmp_path / "report.html")  # fmt: skip
     page = (tmp_path / "report.html").read_text()

@@ -49,6 +49,7 @@ def result_row(features, probe, auc, remarks=()):
         else {"low": None, "high": None, "seed_std": None}
     )
     row = {"features": features, "probe": probe, "long_side": 56, "mm_per_px": 0.25, "remarks": list(remarks)}
+    row["encoder"] = features if "run" in features else None
     metrics = {"auc": {"value": auc, **known}, "balanced_accuracy": {"value": 0.61, "low": 0.5, "high": 0.7}}
     return row | {"metrics": metrics, "not_computed": 0 if auc is not None else 2}
 

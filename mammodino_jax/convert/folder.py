@@ -1,72 +1,133 @@
-"""Exported encoders: a folder of weights, their description, and what a PyTorch user must know."""
+"""Exported encoders: a folder of weights, their description, and what others must know to use them."""
 
 import dataclasses
+import functools
 import json
+import os
+import shutil
 from pathlib import Path
 
+import jax
+import numpy as np
+from absl import logging
 from safetensors.numpy import save_file
 
-from mammodino_jax.convert.foreign import tensors
-from mammodino_jax.convert.hf import config_json, from_hf, to_hf
+from mammodino_jax import checkpoint
+from mammodino_jax.convert import timm
+from mammodino_jax.convert.foreign import check, tensors
+from mammodino_jax.convert.hf import config_json, from_hf, has_registers, to_hf
 from mammodino_jax.convert.hub import from_hub, hub_shapes, to_hub
 from mammodino_jax.encoder import Encoder
 from mammodino_jax.errors import UserError
+from mammodino_jax.model.head import init_params
 from mammodino_jax.model.vit import ViTConfig
 
-FORMATS = ("hf", "hub")
+FORMATS = ("hub", "timm", "hf", "onnx", "safetensors", "orbax")
 
-_CARD = """---
-library_name: {library}
-tags: [mammography, dinov2, self-supervised]
----
-# {name}
-
-A ViT-{dim}x{depth}/{patch} encoder of mammograms, pretrained with mammodino_jax {version}: an independent,
-unofficial implementation of MammoDINO (arXiv 2510.11883). Research only, not a medical device.
-
-Pretrained on: {sources}. Terms of the sources: {terms}.{foreign}
-
-Input: grey records as `python -m data_prep build` writes them (breast box, 8 bit, background 0),
-scaled to [0, 1], {channels}, then (x - mean) / std with mean {mean} and std {std}.
-Trained on {size}-pixel crops.
-
-{usage}
-"""
-_USAGE = {
-    "hf": """```python
-from transformers import AutoModel
-model = AutoModel.from_pretrained("{folder}")
-features = model(pixel_values=x).last_hidden_state[:, 0]  # CLS; x float32 [B, {c}, {size}, {size}]
-```
-At other sizes than {size} pixels Hugging Face resamples positions in its own way: features differ there.""",
-    "hub": """`model.safetensors` holds the state dict of facebookresearch/dinov2's `DinoVisionTransformer`:
-```python
-from safetensors.torch import load_file
-model.load_state_dict(load_file("{folder}/model.safetensors"))
-```""",
-}
+_TEMPLATES = Path(__file__).parent / "templates"
+_EXAMPLES = {"hub": "hub.py", "hf": "hf.py", "onnx": "hf.py"}
+_USAGE = {"onnx": ("hf", "onnx"), "safetensors": ("ours",), "orbax": ("ours",)}  # others: one of their name
+_LIBRARIES = {"hub": "pytorch", "timm": "timm", "hf": "transformers", "onnx": "transformers"}
 
 
-def export(encoder: Encoder, form: str, output: Path, version: str) -> None:
-    """Write an encoder as a folder: model.safetensors, config.json, mammodino.json, README.md.
+def export(
+    encoder: Encoder,
+    form: str,
+    output: Path,
+    version: str,
+    *,
+    heads: dict[str, dict[str, np.ndarray]] | None = None,
+    size: tuple[int, int] | None = None,
+    private: bool = False,
+) -> None:
+    """Write an encoder as a folder: weights, mammodino.json, README.md, preprocessor_config.json, example.py.
 
     Args:
       encoder: what to write.
-      form: "hf" (transformers' Dinov2Model) or "hub" (facebookresearch/dinov2's state dict).
-      output: a folder that does not exist or is empty.
+      form: one of FORMATS. "hub": facebookresearch/dinov2's state dict; "timm": a folder for
+        `timm.create_model`; "hf": one for transformers' AutoModel; "onnx": that, and model.onnx;
+        "safetensors": our parameters by dotted names; "orbax": our parameters.
+      output: a folder that does not exist or is empty; nothing is left there where writing fails.
       version: of mammodino_jax.
+      heads: hub names of the projection heads (pretrained.read_heads), written beside "hub".
+      size: height and width in pixels of model.onnx; the training size by default.
+      private: write weights whose sources forbid a release, too; the card says so.
 
     Raises:
-      UserError: the folder is not empty.
+      UserError: the folder is not empty, the sources forbid a release, or this encoder has no such format.
     """
-    if output.exists() and any(output.iterdir()):
+    if encoder.vit is None:
+        raise UserError(f"{encoder.name} is no vision transformer of DINOv2's kind: it is not converted")
+    forbidding = encoder.provenance.get("no_release", [])
+    if forbidding and not private:
+        raise UserError(
+            f"{encoder.name} was trained on {', '.join(forbidding)}, whose terms forbid publishing weights "
+            "made from it; --private writes them for your own use"
+        )
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is not empty; give another --output")
-    output.mkdir(parents=True, exist_ok=True)
-    vit, hub = encoder.vit, to_hub(encoder.params)
-    weights = to_hf(hub) if form == "hf" else hub
-    save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
-    if form == "hf":
-        (output / "config.json").write_text(json.dumps(config_json(vit), indent=1))
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _write(encoder, form, partial, size)
+        if heads:
+            _write_heads(encoder, heads, partial)
+        _describe(encoder, form, partial, output.name, version, bool(heads))
+        os.replace(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(encoder: Encoder, form: str, folder: Path, size: tuple[int, int] | None) -> None:
+    """The weights, and the config.json of the library that reads them."""
+    vit, config = encoder.vit, None
+    if form == "orbax":
+        checkpoint.save_params(folder / "params", encoder.params)
+        return
+    if form == "safetensors":
+        leaves = jax.tree_util.tree_leaves_with_path(encoder.params)
+        weights = {_dotted(path): np.ascontiguousarray(a) for path, a in leaves}
+    else:
+        weights = to_hub(encoder.params)
+    if form == "timm":
+        weights = timm.to_timm(weights)
+        config = timm.config_json(vit, weights, encoder.mean, encoder.std)
+    elif form in ("hf", "onnx"):
+        if has_registers(vit):  # also where their number is 0
+            weights.setdefault("register_tokens", np.zeros((1, 0, vit.dim), np.float32))
+        weights, config = to_hf(weights), config_json(vit)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    if config:
+        (folder / "config.json").write_text(json.dumps(config, indent=1))
+    if form == "onnx":
+        from mammodino_jax.convert.onnx import write_onnx
+
+        height, width = size or (vit.image_size, vit.image_size)
+        worst = write_onnx(folder, height, width)
+        print(f"model.onnx at {height} x {width} px: features equal PyTorch's to {worst:.1e}")
+
+
+def _write_heads(encoder: Encoder, heads: dict, folder: Path) -> None:
+    """Heads for our own continuation, and everything as Meta's training writes and reads it."""
+    named = {f"{head}.{name}": a for head, weights in heads.items() for name, a in weights.items()}
+    save_file(named, folder / "heads.safetensors", metadata={"format": "pt"})
+    try:
+        import torch
+    except ImportError:
+        logging.warning("no teacher_checkpoint.pth is written: PyTorch is not installed")
+        return
+    backbone = {name: torch.tensor(a) for name, a in to_hub(encoder.params).items()}
+    teacher = {f"backbone.{name}": a for name, a in backbone.items()}
+    teacher |= {name: torch.tensor(a) for name, a in named.items()}
+    torch.save({"teacher": teacher, "model": backbone}, folder / "teacher_checkpoint.pth")
+
+
+def _describe(encoder: Encoder, form: str, folder: Path, name: str, version: str, heads: bool) -> None:
+    """What comes beside the weights; `name` is the folder's in the end."""
+    vit, seen = encoder.vit, dict(encoder.provenance)
+    if "sources" in seen:  # data sets have names, the paths to them are nobody's business
+        seen["sources"] = [[Path(source[0]).name, *source[1:]] for source in seen["sources"]]
     about = {
         "name": encoder.name,
         "format": form,
@@ -74,25 +135,94 @@ def export(encoder: Encoder, form: str, output: Path, version: str) -> None:
         "vit": dataclasses.asdict(vit),
         "mean": list(encoder.mean),
         "std": list(encoder.std),
-        "provenance": encoder.provenance,
+        "side": encoder.side,
+        "made_for": encoder.made_for,
+        "provenance": seen,
     }
-    (output / "mammodino.json").write_text(json.dumps(about, indent=1))
-    facts, seen = dict(folder=output.name, c=vit.channels, size=vit.image_size), encoder.provenance
-    card = _CARD.format(
-        library="transformers" if form == "hf" else "pytorch",
-        name=encoder.name, dim=vit.dim, depth=vit.depth, patch=vit.patch_size,
-        version=version, size=vit.image_size, mean=encoder.mean, std=encoder.std,
-        sources="; ".join(" ".join(s) for s in seen.get("sources", [])) or "nothing recorded",
+    (folder / "mammodino.json").write_text(json.dumps(about, indent=1))
+    processor = {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": vit.channels == 3,
+        "do_resize": False,
+        "do_center_crop": False,
+        "size": {"shortest_edge": vit.image_size},
+        "crop_size": {"height": vit.image_size, "width": vit.image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(encoder.mean),
+        "image_std": list(encoder.std),
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1))
+    if form in _EXAMPLES:
+        shutil.copy(_TEMPLATES / _EXAMPLES[form], folder / "example.py")
+    (folder / "README.md").write_text(_card(encoder, form, name, version, seen, heads))
+
+
+def _card(encoder: Encoder, form: str, name: str, version: str, seen: dict, heads: bool) -> str:
+    vit, forbidding = encoder.vit, ", ".join(seen.get("no_release", []))
+    facts = {
+        "name": encoder.name,
+        "folder": name,
+        "dim": vit.dim,
+        "depth": vit.depth,
+        "heads": vit.heads,
+        "mlp_ratio": vit.mlp_ratio,
+        "ffn": {"mlp": "mlp", "swiglu": "swiglufused"}[vit.ffn],
+        "patch": vit.patch_size,
+        "size": vit.image_size,
+        "registers": vit.registers,
+        "registers_too": " and registers" if vit.registers else "",
+        "antialias": vit.pos_antialias,
+        "offset": vit.pos_offset,
+    }
+    origin = f"Converted by mammodino_jax {version}; what it was trained on is not recorded."
+    if seen.get("sources"):
+        origin = (
+            f"Pretrained with mammodino_jax {version}, an independent, unofficial implementation of "
+            f"MammoDINO (arXiv 2510.11883), on: {'; '.join(' '.join(s) for s in seen['sources'])}."
+        )
+    settings = {k: v for k, v in encoder.made_for.items() if v not in (None, "")}
+    warning = f"**Private: not for release.** The terms of {forbidding} forbid publishing these weights.\n\n"
+    parts = [*_USAGE.get(form, (form,)), *(["heads"] if heads else [])]
+    usage = "\n".join((_TEMPLATES / f"{part}.md").read_text() for part in parts)
+    return (_TEMPLATES / "card.md").read_text().format(
+        **facts,
+        library=_LIBRARIES.get(form, "jax"),
+        datasets=json.dumps(sorted(seen.get("terms", {}))),
+        private="private: true\n" if forbidding else "",
+        warning=warning if forbidding else "",
+        origin=origin,
         terms="; ".join(f"{k}: {v}" for k, v in seen.get("terms", {}).items()) or "none recorded",
         foreign="".join(f" Started from {name}, whose terms apply, too." for name in seen.get("foreign", [])),
-        channels="repeated to 3 channels" if vit.channels == 3 else "one channel",
-        usage=_USAGE[form].format(**facts),
+        usage=usage.format(**facts, channels=vit.channels).rstrip() + _differing_positions(vit, form),
+        settings=f"The build that it was made for: {', '.join(f'{k} {v}' for k, v in settings.items())}."
+        if settings
+        else "The build that it was made for is not recorded.",
+        long_side=encoder.long_side,
+        channels="grey repeated to 3 channels" if vit.channels == 3 else "one channel",
+        mean=", ".join(map(str, encoder.mean)),
+        std=", ".join(map(str, encoder.std)),
     )  # fmt: skip
-    (output / "README.md").write_text(card)
+
+
+def _differing_positions(vit: ViTConfig, form: str) -> str:
+    """Where the library resamples positions in another way than the encoder; "" where in the same."""
+    ours = (vit.pos_antialias, vit.pos_offset)
+    theirs = {"timm": (True, 0.0)}.get(form, ours)
+    if form in ("hf", "onnx"):
+        theirs = (has_registers(vit), 0.0)
+    if ours == theirs:
+        return ""
+    how = "by little (DINOv2's offset of 0.1)" if ours[0] == theirs[0] else "(antialiasing)"
+    return (
+        f"\n\nAt other sizes than {vit.image_size} px features differ from ours {how}: this library "
+        "resamples positions in its own way."
+    )
 
 
 def load(folder: Path) -> Encoder:
-    """Read back a folder written by `export`, in either format.
+    """Read back a folder written by `export`, in any format.
 
     Raises:
       UserError: it was not, or its weights do not fit its description.
@@ -103,12 +233,35 @@ def load(folder: Path) -> Encoder:
             f"{folder} has weights but no mammodino.json: not a folder that mammodino_jax exported; "
             f"give a Hugging Face folder as hf:{folder}"
         )
-    about = json.loads(path.read_text())
-    vit = ViTConfig(**about["vit"])
-    weights = tensors(Path(folder) / "model.safetensors")
-    if about["format"] == "hf":
-        weights = from_hf(weights)
-    if {k: a.shape for k, a in weights.items()} != hub_shapes(vit):
-        raise UserError(f"{folder}/model.safetensors does not hold the weights that mammodino.json describes")
-    mean, std = tuple(about["mean"]), tuple(about["std"])
-    return Encoder(about["name"], vit, from_hub(weights), mean, std, about["provenance"])
+    try:
+        about = json.loads(path.read_text())
+        vit, form, stats = ViTConfig(**about["vit"]), about["format"], (about["mean"], about["std"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is no description that this version can read ({error}): export again"
+        ) from None
+    target = jax.eval_shape(functools.partial(init_params, vit, None, 0))
+    if form == "orbax":
+        params = checkpoint.load_params(Path(folder) / "params", target)
+    else:
+        file = Path(folder) / "model.safetensors"
+        weights, expected = tensors(file), hub_shapes(vit)
+        if form == "timm":
+            weights = timm.from_timm(weights) | {"mask_token": np.zeros((1, vit.dim), np.float32)}
+        elif form in ("hf", "onnx"):
+            weights = {name: a for name, a in from_hf(weights).items() if a.size}  # 0 registers
+        elif form == "safetensors":
+            leaves = jax.tree_util.tree_leaves_with_path(target)
+            expected = {_dotted(path): a.shape for path, a in leaves}
+        check(file, weights, expected, "; mammodino.json describes other weights")
+        if form == "safetensors":
+            params = jax.tree_util.tree_map_with_path(lambda path, _: weights[_dotted(path)], target)
+        else:
+            params = from_hub(weights)
+    mean, std = map(tuple, stats)
+    made_for, side = about.get("made_for", {}), about.get("side", 0)
+    return Encoder(about["name"], vit, params, mean, std, about["provenance"], "export", made_for, side)
+
+
+def _dotted(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")

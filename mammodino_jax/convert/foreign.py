@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from mammodino_jax.augment import IMAGENET_MEAN, IMAGENET_STD
 from mammodino_jax.convert.hf import from_hf
 from mammodino_jax.convert.hub import from_hub, hub_shapes
+from mammodino_jax.convert.timm import from_timm
 from mammodino_jax.encoder import FOREIGN, Encoder
 from mammodino_jax.errors import UserError
 from mammodino_jax.model.vit import ViTConfig
@@ -30,7 +31,6 @@ FOLDERS = {  # what describes the weights in a folder, and files that may hold t
     "biomedclip": ("open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
 }
 TRUNK = "visual.trunk."  # of the image tower in open_clip's names
-NOT_PIXELS = ("burned_in",)  # fields of presets that decide which files are taken, not what they become
 
 
 def read(spec: str) -> Encoder:
@@ -41,6 +41,8 @@ def read(spec: str) -> Encoder:
     Args:
       spec: one of FOREIGN, a colon and a file; for `hf` and `biomedclip` a folder, too. Its
         preprocessor_config.json or open_clip_config.json, where there is one, gives the input statistics.
+        `dbt-dino` takes its input unscaled; other checkpoints of Meta's training code are `hub`, and their
+        heads the same file.
 
     Raises:
       UserError: nothing readable there, or no encoder in the names that the kind promises.
@@ -72,7 +74,7 @@ def read(spec: str) -> Encoder:
             raise UserError(f"{path} has DINOv2's own names, not Hugging Face's: give hub:{path}")
         hub = from_hf(hub)
     if kind in ("timm", "biomedclip"):
-        hub = _from_timm(hub)
+        hub = from_timm(hub)
     if kind == "biomedclip" and "cls_token" in hub:  # it has no LayerScale: ours is one, exactly
         blocks = {n.split(".")[1] for n in hub if n.startswith("blocks.")}
         hub |= {
@@ -82,7 +84,10 @@ def read(spec: str) -> Encoder:
         logging.info("%s has no mask_token (hub's own files have): zeros, as at DINOv2's start", path)
         hub["mask_token"] = np.zeros((1, hub["cls_token"].shape[-1]), np.float32)
     vit = _infer(path, kind, hub)
-    check(path, hub, hub_shapes(vit))
+    if not vit.registers:
+        hub.pop("register_tokens", None)
+    hint = f"; no ViT that we know: if its names are of another kind, give that ({', '.join(FOREIGN)})"
+    check(path, hub, hub_shapes(vit), hint)
     rad = np.allclose((mean[0], std[0]), np.ravel(RAD_DINO), atol=1e-4) or "rad-dino" in name.lower()
     preset = "dbt-dino" if kind == "dbt-dino" else "rad-dino" if kind == "hf" and rad else ""
     made, side = made_for(preset), vit.image_size if preset or kind == "biomedclip" else 0
@@ -91,12 +96,10 @@ def read(spec: str) -> Encoder:
 
 
 def made_for(preset: str) -> dict:
-    """The fields of data_prep.settings.Settings that decide the pixels of a preset; "": {}, any."""
+    """Settings of the builds of a preset, as far as it has any of its own; of "" any."""
     from data_prep.settings import PRESETS
 
-    if not preset:
-        return {}
-    return {"preset": preset} | {k: v for k, v in PRESETS[preset].items() if k not in NOT_PIXELS}
+    return {"preset": preset, **PRESETS[preset]} if preset else {}
 
 
 def _statistics(path: Path, mean: tuple, std: tuple) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -106,12 +109,9 @@ def _statistics(path: Path, mean: tuple, std: tuple) -> tuple[tuple[float, ...],
         return mean, std
     try:
         about = json.loads(path.read_text())
-        about = (
-            {f"image_{k}": v for k, v in about["preprocess_cfg"].items()}
-            if "preprocess_cfg" in about
-            else about
-        )
-        mean, std = about.get("image_mean") or mean, about.get("image_std") or std
+        about = about.get("preprocess_cfg", about)  # open_clip's
+        mean = about.get("image_mean") or about.get("mean") or mean
+        std = about.get("image_std") or about.get("std") or std
         return tuple(map(float, np.broadcast_to(mean, 3))), tuple(map(float, np.broadcast_to(std, 3)))
     except (ValueError, AttributeError, TypeError) as error:  # JSON's error is a ValueError
         raise UserError(f"{path} does not give the mean and std of three channels: {error}") from None
@@ -149,6 +149,11 @@ def _torch_tensors(path: Path) -> dict[str, np.ndarray]:
             f"{path} needs PyTorch to be read: pip install torch, or save its state dict with "
             "safetensors.torch.save_file where PyTorch is, and give that file"
         ) from None
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        raise UserError(
+            f"PyTorch {torch.__version__} runs code in files made for it, weights_only or not "
+            f"(CVE-2025-32434), so it does not read {path}: pip install 'torch>=2.6'"
+        )
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has no common error for what a damaged or unsafe file does
@@ -190,18 +195,6 @@ def split(named: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
     return parts
 
 
-def _from_timm(timm: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Hub names; timm adds the position of the class token to it where there are registers."""
-    hub = {"register_tokens" if name == "reg_token" else name: a for name, a in timm.items()}
-    fc1, fc2 = (timm.get(f"blocks.0.mlp.fc{i}.weight", np.empty((0, 0))) for i in (1, 2))
-    if len(fc1) == 2 * fc2.shape[-1]:  # timm's SwiGLUPacked
-        hub = {n.replace("mlp.fc1.", "mlp.w12.").replace("mlp.fc2.", "mlp.w3."): a for n, a in hub.items()}
-    pos = hub.get("pos_embed")
-    if pos is not None and math.isqrt(pos.shape[1]) ** 2 == pos.shape[1]:
-        hub["pos_embed"] = np.concatenate([np.zeros_like(pos[:, :1]), pos], axis=1)
-    return hub
-
-
 def _infer(path: Path, kind: str, hub: dict[str, np.ndarray]) -> ViTConfig:
     """The shape that the backbone's own tensors say it has."""
     gated = "blocks.0.mlp.w12.weight" in hub
@@ -221,7 +214,8 @@ def _infer(path: Path, kind: str, hub: dict[str, np.ndarray]) -> ViTConfig:
             f"{path}: cls_token is {cls}, pos_embed {pos}; expected heads of 64 and 1 + side^2 positions"
         )
     registers = hub["register_tokens"].size // dim if "register_tokens" in hub else 0
-    legacy = not registers and kind not in ("timm", "biomedclip")
+    # hf: where they are, be they 0, positions are antialiased
+    legacy = "register_tokens" not in hub and kind not in ("timm", "biomedclip")
     return ViTConfig(
         dim=dim,
         depth=1 + max(int(n.split(".")[1]) for n in hub if re.match(r"blocks\.\d+\.", n)),

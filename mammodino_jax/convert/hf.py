@@ -64,11 +64,19 @@ def from_hf(hf: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return out | {name: np.concatenate([qkv[k] for k in _QKV if k in qkv]) for name, qkv in parts.items()}
 
 
+def has_registers(vit: ViTConfig) -> bool:
+    """Whether it is written as Dinov2WithRegistersModel: that resamples positions with antialiasing.
+
+    Dinov2Model does not, so that an encoder without registers is one with 0 of them.
+    """
+    return vit.registers > 0 or vit.pos_antialias
+
+
 def config_json(vit: ViTConfig) -> dict:
     """config.json for `transformers.AutoModel.from_pretrained`."""
     config = {
-        "architectures": ["Dinov2WithRegistersModel" if vit.registers else "Dinov2Model"],
-        "model_type": "dinov2_with_registers" if vit.registers else "dinov2",
+        "architectures": ["Dinov2WithRegistersModel" if has_registers(vit) else "Dinov2Model"],
+        "model_type": "dinov2_with_registers" if has_registers(vit) else "dinov2",
         "hidden_size": vit.dim,
         "num_hidden_layers": vit.depth,
         "num_attention_heads": vit.heads,
@@ -83,4 +91,4 @@ def config_json(vit: ViTConfig) -> dict:
         "use_swiglu_ffn": vit.ffn == "swiglu",
         "torch_dtype": "float32",
     }
-    return config | ({"num_register_tokens": vit.registers} if vit.registers else {})
+    return config | ({"num_register_tokens": vit.registers} if has_registers(vit) else {})

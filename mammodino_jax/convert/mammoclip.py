@@ -61,14 +61,14 @@ def read(path: Path) -> MammoClip:
     named = tensors(path)
     tower = {n.removeprefix("image_encoder."): a for n, a in named.items() if n.startswith("image_encoder.")}
     tower = {n: a for n, a in (tower or named).items() if not n.endswith("num_batches_tracked")}
-    head = tower["_conv_head.weight"].shape if "_conv_head.weight" in tower else ("missing",)
+    head = tower.get("_conv_head.weight", np.empty(0)).shape
     if head[0] not in VARIANTS:
         raise UserError(
-            f"{path}: image_encoder._conv_head.weight is {head}, expected {[*VARIANTS]} "
-            "features: Mammo-CLIP's EfficientNet-B5 and B2 load, in the names of EfficientNet-PyTorch; "
-            f"first names there: {', '.join(list(named)[:3])}"
+            f"{path}: image_encoder._conv_head.weight has {head[0] or 'no'} features, expected "
+            f"{' or '.join(map(str, VARIANTS))}: Mammo-CLIP's EfficientNet-B5 and B2 load, in the names of "
+            f"EfficientNet-PyTorch; first names there: {', '.join(list(named)[:3])}"
         )
-    check(path, tower, shapes(head[0]))
+    check(path, tower, shapes(head[0]), "; give the authors' file, or all of its image_encoder.*")
     params = {conv: _folded(tower, conv, norm) for conv, norm, _ in _layers(head[0])}
     made = made_for("mammoclip")
     return MammoClip(path.stem, None, params, MEAN, STD, kind="mammoclip", made_for=made, side=1520)

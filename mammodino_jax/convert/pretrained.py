@@ -31,8 +31,8 @@ def load_pretrained(
 
     Args:
       spec: a training workdir (teacher of its newest checkpoint, with its heads), a folder that
-        mammodino_jax.export wrote, `hub:FILE` (backbone only), `timm:FILE`, `hf:DIR` or `hf:FILE`, or
-        `dbt-dino:FILE` (Meta's training checkpoint: the teacher's backbone and heads).
+        mammodino_jax.export wrote, `hub:FILE` (backbone only), `timm:FILE`, `hf:DIR`, `biomedclip:DIR`
+        or `dbt-dino:FILE` (the teacher's backbone and heads), see convert.foreign.read.
       heads: "" or a file with a DINO head, which replaces those of `spec`.
       vit, head: the recipe's shapes.
       mean, std: the recipe's input statistics; the patch embedding is adapted where the weights have others.
@@ -48,11 +48,7 @@ def load_pretrained(
     if source.vit is None:
         raise UserError(f"{spec} is not a ViT: pretraining starts from a ViT's weights only")
     params = {"backbone": _fit(source, spec, vit, mean, std)}
-    kind, _, path = spec.partition(":")
-    if heads or kind == "dbt-dino":
-        found = split(tensors(Path(heads or path)))
-    else:
-        found = _workdir_heads(Path(spec)) if (Path(spec) / "checkpoints").is_dir() else {}
+    found = split(tensors(Path(heads))) if heads else read_heads(spec)
     if heads and "dino_head" not in found:
         raise UserError(f"{heads} has no DINO head (dino_head.mlp.0.weight and so on)")
     for name in ("dino_head", "ibot_head") if head.separate_ibot else ("dino_head",):
@@ -63,6 +59,22 @@ def load_pretrained(
     if "ibot_head" in found and not head.separate_ibot:
         logging.warning("%s: ibot_head is not used: config.head.separate_ibot is False", heads or spec)
     return params
+
+
+def read_heads(spec: str) -> dict[str, dict[str, np.ndarray]]:
+    """Projection heads that come with an encoder.
+
+    Args:
+      spec: as in `load_pretrained`; a workdir's are its teacher's.
+
+    Returns:
+      {"dino_head": {hub name: array}, "ibot_head": ...}, as far as there; {} where there are none.
+    """
+    kind, _, path = spec.partition(":")
+    if kind == "dbt-dino":
+        parts = split(tensors(Path(path)))
+        return {name: weights for name, weights in parts.items() if name != "backbone"}
+    return _workdir_heads(Path(spec)) if (Path(spec) / "checkpoints").is_dir() else {}
 
 
 def merge(fresh: dict, loaded: dict) -> dict:
@@ -126,17 +138,31 @@ def refit_input(kernel: np.ndarray, bias: np.ndarray, source: tuple, target: tup
     Args:
       kernel: [D, C, p, p], bias: [D].
       source: (means m_c, deviations s_c) of its C channels.
-      target: (M, S) of the new channels: as many, or one, into which all fold.
+      target: (M, S) of the new channels: as many, one into which all fold, or more, which share equally.
 
     Returns:
       kernel [D, len(M), p, p] and bias [D], float32.
     """
     (m, s), (M, S) = np.array(source, np.float64), np.array(target, np.float64)
+    if len(M) > len(m):
+        kernel = np.repeat(kernel / len(M), len(M), axis=1)
     bias = bias + np.einsum("dcyx,c->d", kernel, (M - m) / s)
     kernel = kernel * (S / s)[:, None, None]
     if len(M) < len(m):
         kernel = kernel.sum(axis=1, keepdims=True)
     return kernel.astype(np.float32), bias.astype(np.float32)
+
+
+def with_channels(encoder: Encoder, channels: int) -> Encoder:
+    """The same features from 1 channel (3 folded; the first's statistics) or 3 (ImageNet's statistics)."""
+    if encoder.vit is None or encoder.vit.channels == channels:  # None: export says so
+        return encoder
+    mean, std = (encoder.mean[:1], encoder.std[:1]) if channels == 1 else (IMAGENET_MEAN, IMAGENET_STD)
+    hub, leaves = to_hub(encoder.params), ("patch_embed.proj.weight", "patch_embed.proj.bias")
+    fitted = refit_input(*(hub[leaf] for leaf in leaves), (encoder.mean, encoder.std), (mean, std))
+    params = from_hub(hub | dict(zip(leaves, fitted, strict=True)))
+    vit = dataclasses.replace(encoder.vit, channels=channels)
+    return dataclasses.replace(encoder, vit=vit, params=params, mean=mean, std=std)
 
 
 def _workdir_heads(workdir: Path) -> dict[str, dict[str, np.ndarray]]:

@@ -64,7 +64,7 @@ def make_eval_batches(
     Args:
       read: place 0..n-1 to image u8 [H, W].
       shapes_n2: height and width of each image.
-      long_side: px of an image, a multiple of `patch`.
+      long_side: px of an image.
       batch_size: images in a batch, by the number of patches of the canvas.
       step: canvases are multiples of so many patches.
 
@@ -73,9 +73,8 @@ def make_eval_batches(
       width / patch], and place i32 [B]; -1 pads the last batch of a canvas.
 
     Raises:
-      UserError: a long side that is no multiple of `patch`, an unreadable record.
+      UserError: an unreadable record.
     """
-    check_long_side(long_side, patch)
     sizes = [fitted(*shape, long_side) for shape in shapes_n2]
     canvases: dict[tuple, list[int]] = {}
     for place, size in enumerate(sizes):

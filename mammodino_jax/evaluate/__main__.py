@@ -10,15 +10,19 @@ features, raw pixels, and the same architecture with random weights.
 import argparse
 import json
 import platform
+import shlex
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from mammodino_jax import __version__
 from mammodino_jax.errors import UserError, run_command, suggest
-from mammodino_jax.evaluate import benchmarks, probes
+from mammodino_jax.evaluate import benchmarks, extras, probes
 from mammodino_jax.evaluate.benchmarks import Benchmark
 from mammodino_jax.evaluate.entries import Entry, plan
+from mammodino_jax.evaluate.features import REMEMBERED
 from mammodino_jax.evaluate.html import write_page
 from mammodino_jax.evaluate.items import Rows, read_rows
 from mammodino_jax.evaluate.scores import NAME, write_scores
@@ -26,6 +30,7 @@ from mammodino_jax.evaluate.table import markdown
 from mammodino_jax.evaluate.tasks import answer, ask
 
 PARTS = {"cls": ("cls",), "cls+mean": ("cls", "mean")}
+PROBES = (*probes.PROBES, "attentive", "finetune")
 CACHE = Path.home() / ".cache" / "mammodino"
 
 
@@ -52,7 +57,7 @@ def parse(argv=None) -> argparse.Namespace:
         default="mean",
         help="over slices, and over images of a breast",
     )
-    add("--probes", default="kNN,linear", help=", ".join(probes.PROBES))
+    add("--probes", default="kNN,linear", help=", ".join(PROBES))
     add("--few-labels", action="store_true", help="curves over 1, 5, 10 and 100 %% of the patients")
     add("--dense", action="store_true", help="probe lesion patches against other tissue of the same images")
     add("--shortcuts", action="store_true", help="what else features tell: patient, vendor, side, depth, ...")
@@ -62,7 +67,8 @@ def parse(argv=None) -> argparse.Namespace:
     add("--foreign-preprocessing", action="store_true", help="allow a build that an encoder was not made for")
     add("--draws", type=int, default=2000, help="bootstrap draws of patients")
     add("--seed", type=int, default=0)
-    add("--batch-size", type=int, default=0, help="images; default: by the memory of their attention")
+    add("--batch-size", type=int, default=0, help="images encoded at once, or differentiated at once by "
+        "finetune (a part of 32); default: by the memory of their attention")  # fmt: skip
     add(
         "--cache", type=Path, default=CACHE, help="features and scores of earlier runs (default: %(default)s)"
     )
@@ -73,10 +79,11 @@ def parse(argv=None) -> argparse.Namespace:
         raise UserError(f"--repeats {args.repeats}: expected 1 or more")
     args.probes = tuple(args.probes.split(","))
     for name in args.probes:
-        if name not in probes.PROBES:
-            known = ", ".join(probes.PROBES)
-            raise UserError(f"unknown probe {name!r}.{suggest(name, probes.PROBES)} Known: {known}")
+        if name not in PROBES:
+            raise UserError(f"unknown probe {name!r}.{suggest(name, PROBES)} Known: {', '.join(PROBES)}")
     args.parts = PARTS[args.features]
+    words = sys.argv[1:] if argv is None else argv
+    args.command = shlex.join(["python", "-m", "mammodino_jax.evaluate", *map(str, words)])
     return args
 
 
@@ -98,6 +105,7 @@ def facts(args, rows: Rows, benchmark: Benchmark, absent: list[str], entries: li
     names = ("encoder", "long_side", "tiles", "features", "aggregate", "probes", "repeats", "transductive",
              "foreign_preprocessing", "draws", "seed")  # fmt: skip
     return {
+        "command": args.command,
         "benchmark": args.benchmark, "title": benchmark.title, "note": benchmark.note, "absent_tasks": absent,
         "settings": {name: getattr(args, name) for name in names} | {
             "data": [str(d) for d in args.data], "builds": [str(d) for d in args.builds], "folds": args.folds,
@@ -116,24 +124,33 @@ def facts(args, rows: Rows, benchmark: Benchmark, absent: list[str], entries: li
     }  # fmt: skip
 
 
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def main(argv=None) -> None:
     args = parse(argv)
     benchmark = benchmarks.find(args.benchmark)
+    if args.dense and not benchmark.dense:
+        raise UserError(f"--dense: the findings of {benchmark.title} have no places; leave it out")
     rows = read_rows(args.data)
     probes.check_patients(rows.columns["patient_id"], rows.columns["split"])
     args.folds = benchmark.folds if args.folds is None else args.folds
     questions, absent = ask(benchmark, rows, args.folds, args.repeats, args.seed)
     tested = np.any([q.tested() for q in questions], axis=0)
-    entries = plan(args, rows, tested)
-    features = {e.name: e.features(args.cache, args.tiles) for e in entries if e.extractor}
-    results, scored = facts(args, rows, benchmark, absent, entries), []
+    with tempfile.TemporaryDirectory(prefix="patches-", dir=_made(args.cache)) as memory:
+        kept = args.dense and len(rows) <= REMEMBERED
+        entries = plan(args, rows, tested, Path(memory) if kept else None)
+        features = {e.name: e.features(args.cache, args.tiles) for e in entries if e.extractor}
+        results, scored = facts(args, rows, benchmark, absent, entries), []
+        if args.dense:
+            results["dense"] = extras.dense_probe(args, entries)
     results["tasks"] = []
     for question in questions:
         task, found = answer(question, entries, features, args, benchmark.breakdown)
         results["tasks"].append(task)
         scored += [(task["task"], *of_entry) for of_entry in found]
-    if args.dense:
-        results["dense"] = extras.dense_probe(args, entries)
     if args.shortcuts:
         results |= extras.shortcut_probes(args, entries, features)
     if args.long_side and len(args.long_side) > 1:

@@ -15,9 +15,9 @@ from scipy.ndimage import binary_dilation, gaussian_filter, maximum_filter
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
+from mammodino_jax.evaluate import intervals
 from mammodino_jax.evaluate.features import mm_per_px, patch_grids
 from mammodino_jax.evaluate.metrics import auc
-from mammodino_jax.evaluate.resample import figure, mean_figure, patient_weights
 
 UNITS = ("image", "volume")
 PATCHES = 256  # of lesions, and of tissue, that an image gives to the fit; tests use all
@@ -146,17 +146,17 @@ def left_right(tokens, tissue, other_tokens, other_tissue) -> np.ndarray:
 
     Records have the chest wall on the left, so the place is that of the mirrored breast, with heights from
     the upper end and distances from the chest wall in shares of the height. A patch in whose window the
-    other breast has no tissue is compared with all of it.
+    other breast has no tissue is compared with all of it; 0 where there is no tissue.
     """
-    tokens, other = _unit(tokens), _unit(other_tokens)[other_tissue >= 0.5]
-    gh, gw = tissue.shape
-    y, x = (np.nonzero(other_tissue >= 0.5) + np.full((2, 1), 0.5)) / len(other_tissue)
-    out = np.zeros((gh, gw))
-    for row in range(gh):
-        near = np.abs((np.arange(gw)[:, None] + 0.5) / gh - x) <= WINDOW
-        near &= np.abs((row + 0.5) / gh - y) <= WINDOW
-        near |= ~near.any(axis=1, keepdims=True)
-        out[row] = 1 - np.where(near, tokens[row] @ other.T, -1).max(axis=1)
+    on, on_other = tissue > 0, other_tissue >= 0.5
+    (y, x), (other_y, other_x) = (
+        (np.nonzero(mask) + np.full((2, 1), 0.5)) / len(mask) for mask in (on, on_other)
+    )
+    near = (np.abs(y[:, None] - other_y) <= WINDOW) & (np.abs(x[:, None] - other_x) <= WINDOW)
+    near |= ~near.any(axis=1, keepdims=True)
+    cosine = np.where(near, _unit(tokens[on]) @ _unit(other_tokens[on_other]).T, -1)
+    out = np.zeros(tissue.shape)
+    out[on] = 1 - cosine.max(axis=1, initial=-1)
     return out
 
 
@@ -184,7 +184,7 @@ def contralateral(rows) -> dict[int, int]:
         sides[*where, side].append(i)
     found = {}
     for i, (patient, study, kind, view, side, _, _) in enumerate(table):
-        others = sides.get((patient, study, kind, view, {"L": "R", "R": "L"}.get(side)))
+        others = sides.get((patient, study, kind, view, {"L": "R", "R": "L"}.get(side, "unknown")))
         if others and view is not None:
             found[i] = min(others, key=lambda j: abs(depth[j] - depth[i]))
     return found
@@ -336,9 +336,10 @@ def run(rows, encoder, long_side: int, items, folds, draws: int, seed: int, batc
       "rows": one for single images and one for tomosynthesis volumes, as far as there are lesions to fit and
       to test on. AUCs and percentiles are means over images with lesions (repeats of one image first): a
       logistic regression ("supervised"), and without labels the difference from the other breast
-      ("left_right") and from the image's mean ("mean_distance"). "sensitivity" by false positives a unit,
-      over all tested units; "mean_sensitivity" over 1 to 4 of them on units with lesions alone, which for
-      volumes is DBTex's. Thresholds are set within folds. "counts": what was left out.
+      ("left_right") and from the image's mean ("mean_distance"). "rank_chance": the percentile of the best of
+      as many patches, where they say nothing. "sensitivity" by false positives a unit, over all tested units;
+      "mean_sensitivity" over 1 to 4 of them on units with lesions alone, which for volumes is DBTex's.
+      Thresholds are set within folds. "counts": what was left out.
     """
     found = lesions(rows)
     boxes = collections.defaultdict(list)
@@ -357,12 +358,12 @@ def run(rows, encoder, long_side: int, items, folds, draws: int, seed: int, batc
         fits = [_fit(samples, train, val, seed) for train, val in inside]
         usable = [(fold.test, fit) for fold, fit in zip(folds, fits, strict=True) if fit]
         tested = np.unique(np.concatenate([test for test, _ in usable])) if usable else np.zeros(0, int)
-        mine = {i: box for i, box in mine.items() if items.item[i] in set(tested)}
+        mine = {i: mine[i] for i in np.intersect1d(list(mine), np.flatnonzero(np.isin(items.item, tested)))}
         if not mine:
             continue
         normal = _normals(rows, unit, items, tested, found, seed)
         chosen = sorted({items.item[i] for i in mine} | set(normal))
-        scored, candidates = _score(rows, grids, encoder.patch_size, items, usable, mine, chosen)
+        scored, chance, candidates = _score(rows, grids, encoder.patch_size, items, usable, mine, chosen)
         facts = {
             "features": encoder.name, "unit": unit, "long_side": long_side,
             "mm_per_px": _median(mm_per_px(rows, long_side)[list(mine)]),
@@ -376,7 +377,8 @@ def run(rows, encoder, long_side: int, items, folds, draws: int, seed: int, batc
             patient = rows.columns["patient_id"][list(of)]
             for column, what in enumerate(("auc", "rank")):
                 values = [value[column] for value in of.values()]
-                facts[f"{name}_{what}"] = mean_figure(values, patient, draws, seed)
+                facts[f"{name}_{what}"] = intervals.mean(values, patient, draws, seed)
+        facts["rank_chance"] = float(np.mean(chance)) if chance else None
         facts["without_lesion_patches"] = len(mine) - facts["supervised_auc"]["n"]
         facts["without_other_breast"] = len(mine) - len(scored["left_right"])
         table.append(facts | _sensitivity(rows, unit, items, usable, mine, chosen, candidates, draws, seed))
@@ -393,14 +395,15 @@ def _score(rows, grids, patch: int, items, usable, boxes: dict, chosen: list[int
     """Encode the chosen items, and the other breasts of images with lesions.
 
     Returns:
-      {name: {record: [(AUC, percentile) for each fold that tests it]}} of records with lesions, and
-      {(fold, item): candidates (z, y, x, score) in record px, f64 [c, 4]}.
+      {name: {record: [(AUC, percentile) for each fold that tests it]}} of records with lesions; for each, the
+      percentile that the best of as many patches reaches by chance; and {(fold, item): candidates (z, y, x,
+      score) in record px, f64 [c, 4]}.
     """
     folds_of = collections.defaultdict(list)
     for f, (test, _) in enumerate(usable):
         for item in test:
             folds_of[item].append(f)
-    scored = {"supervised": {}, "left_right": {}, "mean_distance": {}}
+    scored, chance = {"supervised": {}, "left_right": {}, "mean_distance": {}}, []
     other, candidates, c = contralateral(rows), collections.defaultdict(list), rows.columns
     places = np.flatnonzero(np.isin(items.item, chosen)).tolist()
     for first in range(0, len(places), HELD):
@@ -417,6 +420,8 @@ def _score(rows, grids, patch: int, items, usable, boxes: dict, chosen: list[int
         for i, j in pairs.items():
             tokens, tissue, scale = held[i]
             parts = patch_labels(boxes[i] * scale / patch, tissue)
+            if parts[0].any():
+                chance.append(parts[0].sum() / (parts[0].sum() + 1))
             fits = [usable[f][1] for f in folds_of[items.item[i]]]
             scored["supervised"][i] = [within_image(fit(tokens), *parts) for fit in fits]
             scored["mean_distance"][i] = [within_image(mean_distance(tokens, tissue), *parts)]
@@ -427,13 +432,13 @@ def _score(rows, grids, patch: int, items, usable, boxes: dict, chosen: list[int
         radius = SUPPRESS * max(c["height"][i], c["width"][i])
         depth = DBT_DEPTH * np.nan_to_num(c["num_slices"][i])
         candidates[f, item] = suppress(np.concatenate(found), radius, depth)
-    return scored, candidates
+    return scored, chance, candidates
 
 
 def _sensitivity(rows, unit, items, usable, boxes, chosen, candidates, draws: int, seed: int) -> dict:
     """FROC figures of the candidates: thresholds within folds, lesions of all folds together."""
-    weights = patient_weights(items.patient[chosen], draws, seed)
-    weights = np.vstack([np.ones(len(chosen)), weights])  # the first: each unit once
+    patient = items.patient[chosen]
+    weights = intervals.weightings(patient, draws, seed)
     with_lesion, found = {items.item[i] for i in boxes}, {}
     for name, wanted in (("all", set(chosen)), ("located", with_lesion)):
         hits, total = np.zeros((len(weights), len(RATES))), np.zeros((len(weights), 1))
@@ -452,10 +457,8 @@ def _sensitivity(rows, unit, items, usable, boxes, chosen, candidates, draws: in
             total += count
         with np.errstate(invalid="ignore"):
             found[name] = hits / total
-    mean = found["located"].mean(axis=1)
+    by_rate = zip(RATES, found["all"].T, strict=True)
     return {
-        "sensitivity": {
-            str(rate): figure(v[0], v[1:]) for rate, v in zip(RATES, found["all"].T, strict=True)
-        },
-        "mean_sensitivity": figure(mean[0], mean[1:]),
+        "sensitivity": {str(rate): intervals.estimate(values, patient, draws) for rate, values in by_rate},
+        "mean_sensitivity": intervals.estimate(found["located"].mean(axis=1), patient, draws),
     }

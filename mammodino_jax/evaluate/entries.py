@@ -10,6 +10,7 @@ from mammodino_jax.errors import UserError
 from mammodino_jax.evaluate.baselines import BASELINES, extractor
 from mammodino_jax.evaluate.features import (
     Extractor,
+    Remembered,
     encoder_extractor,
     mm_per_px,
     record_features,
@@ -56,18 +57,22 @@ class Entry:
         return float(np.nanmedian(found)) if np.isfinite(found).any() else None
 
 
-def plan(args, rows: Rows, tested: np.ndarray) -> list[Entry]:
+def plan(args, rows: Rows, tested: np.ndarray, memory: Path | None = None) -> list[Entry]:
     """The rows of the table, baselines first; these read what the first encoder reads.
 
     Args:
       args: of the command line: encoder, builds, long_side, batch_size, seed, transductive,
         foreign_preprocessing.
       rows: the records of --data; tested: places of those that test.
+      memory: a folder in which encoders keep their patch tokens (features.Remembered).
 
     Raises:
       UserError: an encoder that does not load, saw what tests it, or was made for another build.
     """
     from mammodino_jax.encoder import load_encoder
+
+    def remember(encoder):
+        return Remembered(encoder, memory) if memory else encoder
 
     builds = _builds(args.builds, rows)
     entries, architectures = [Entry("majority class", rows)], set()
@@ -87,17 +92,19 @@ def plan(args, rows: Rows, tested: np.ndarray) -> list[Entry]:
                 for name in BASELINES:
                     read = extractor(name, encoder.patch_size)
                     entries.append(Entry(name + at, mine, "baseline", read, side))
-            if encoder.vit and (encoder.vit, side) not in architectures:
+            trained = encoder.vit and encoder.kind != "random"
+            if trained and (encoder.vit, side) not in architectures:
                 architectures.add((encoder.vit, side))
                 number = len({vit for vit, _ in architectures})
                 name = "random init" if number == 1 else f"random init {number}"
-                blank = untrained(encoder, args.seed)
+                blank = remember(untrained(encoder, args.seed))
                 read = encoder_extractor(blank, args.batch_size)
                 entries.append(Entry(name + at, mine, "random", read, side, blank))
             for name, loaded, build, said in runs:
                 name += at
                 while name in {entry.name for entry in entries}:
                     name += "'"
+                loaded = remember(loaded)
                 read = encoder_extractor(loaded, args.batch_size)
                 entries.append(Entry(name, build, loaded.kind, read, side, loaded, spec, tuple(said)))
     return entries

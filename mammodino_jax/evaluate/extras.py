@@ -1,4 +1,4 @@
-"""Beside the tasks: dense probe, shortcut probes, likeness of slices, neighbours, and the resolution sweep."""
+"""Beside the tasks: dense and shortcut probes, likeness of slices, neighbours, the resolution sweep."""
 
 import hashlib
 import json
@@ -65,13 +65,11 @@ def dense_probe(args, entries: list) -> dict:
 
 
 def shortcut_probes(args, entries: list, features: dict) -> dict:
-    """What features tell that no task asked, of every entry at its largest size: results by section."""
-    chosen = {e.name: features[e.name] for e in entries if e.extractor and e.kind != "baseline"}
-    chosen |= {e.name: features[e.name] for e in entries if e.kind == "baseline"}
-    joined = {
-        name: np.concatenate([of[p] for p in args.parts if p in of] or list(of.values()), axis=1)
-        for name, of in chosen.items()
-    }
+    """What the features of every entry tell that no task asked: results by section of results.json."""
+    joined = {}
+    for e in (e for e in entries if e.extractor):
+        of = features[e.name]
+        joined[e.name] = np.concatenate([of[p] for p in args.parts if p in of] or list(of.values()), axis=1)
     rows = entries[0].rows
     digest = {name: hashlib.sha256(x.tobytes()).hexdigest() for name, x in joined.items()}
     ids = [rows.columns[name].tolist() for name in ("image_id", "pixel_hash")]
@@ -89,7 +87,7 @@ def shortcut_probes(args, entries: list, features: dict) -> dict:
 
 
 def sweep(tasks: list[dict]) -> dict[str, list[dict]]:
-    """AUC over the size of a pixel: {task: [{features, long_side, mm_per_px, auc, low, high}]}, last probe."""
+    """AUC of the last probe over the size of a pixel: {task: [{features, mm_per_px, auc, ...}]}."""
     found = {}
     for task in tasks:
         rows = [row for row in task["rows"] if row["long_side"] and row["probe"] == task["rows"][-1]["probe"]]
@@ -100,5 +98,3 @@ def sweep(tasks: list[dict]) -> dict[str, list[dict]]:
             for row in rows
         ]  # fmt: skip
     return found
-
-

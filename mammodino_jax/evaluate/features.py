@@ -20,6 +20,7 @@ from mammodino_jax.evaluate.items import Items, Rows, units
 
 ATTENTION_BYTES = 1e9  # of one layer's attention matrix, float32, on each device
 BATCH = 16  # images a device at most
+REMEMBERED = 2000  # records at most whose patch tokens are kept during a run: 9 GB of ViT-B's at 1036 px
 CACHE_VERSION = 1  # raised where the same settings give other features
 
 
@@ -29,11 +30,11 @@ class Extractor:
 
     Attributes:
       fingerprint: of all that the features depend on besides the images.
-      patch: input sizes are multiples of it.
+      patch: pixels that a patch token covers; sides of canvases are multiples of it.
       function: (image u8 [B, H, W], size i32 [B, 2], tissue f16 [B, H / patch, W / patch], mm per px [B]) to
         {name: f32 [B, F]}.
       batch_size: of a canvas, by its number of patches.
-      tile: side of the tiles of `tiles`; 0: cannot be tiled.
+      tile: side of the tiles of `tiles`; 0: cannot be tiled, and long sides need not be multiples of `patch`.
     """
 
     fingerprint: str
@@ -70,6 +71,39 @@ def batches_of(encoder, batch_size: int = 0) -> Callable[[int], int]:
     return lambda tokens: batch_size or devices * min(max(fit(tokens), 1), BATCH)
 
 
+class Remembered:
+    """An encoder that keeps its output of each image in a folder, patch tokens in float16.
+
+    The dense probe asks for the same images as the features, and more than once.
+    """
+
+    def __init__(self, encoder, folder: Path):
+        self._encoder, self._folder = encoder, Path(folder)
+
+    def __getattr__(self, name: str):
+        return getattr(self._encoder, name)
+
+    def __call__(self, images, sizes) -> dict[str, np.ndarray]:
+        files = []
+        for image, (h, w) in zip(images, sizes, strict=True):
+            digest = hashlib.sha256(f"{self.fingerprint} {h} {w}".encode() + image[:h, :w].tobytes())
+            files.append(self._folder / f"{digest.hexdigest()}.npz")
+        gh, gw = (n // self.patch_size for n in images.shape[1:])
+        own = [tuple(-(-n // self.patch_size) for n in size) for size in np.asarray(sizes).tolist()]
+        if all(file.is_file() for file in files):
+            kept = [np.load(file) for file in files]
+            cells = np.zeros((len(images), gh, gw, self.dim), np.float32)
+            for i, (found, (h, w)) in enumerate(zip(kept, own, strict=True)):
+                cells[i, :h, :w] = found["patches"]
+            cls = np.stack([found["cls"] for found in kept])
+            return {"cls": cls, "patches": cells.reshape(len(images), gh * gw, -1)}
+        out = {name: np.asarray(x) for name, x in self._encoder(images, sizes).items()}
+        cells = out["patches"].reshape(len(images), gh, gw, -1).astype(np.float16)
+        for i, (file, (h, w)) in enumerate(zip(files, own, strict=True)):
+            save(file, cls=out["cls"][i], patches=cells[i, :h, :w])
+        return out
+
+
 def untrained(encoder, seed: int = 0):
     """The same architecture and normalisation with random weights."""
     from mammodino_jax.model.head import init_params
@@ -89,7 +123,7 @@ def record_features(
     """Features of every record, {name: f32 [r, F]}.
 
     Args:
-      long_side: px of the images, a multiple of the extractor's patch size.
+      long_side: px of the images, of a ViT a multiple of the patch size.
       cache: a folder; features of the same records, extractor and settings are read from it.
       tiles: cut images into squares of the extractor's `tile` and average over them by tissue, instead of
         resampling positions to the whole image.
@@ -98,7 +132,8 @@ def record_features(
     Raises:
       UserError: a long side that is no multiple of the patch size, an unreadable record.
     """
-    check_long_side(long_side, extractor.patch)
+    if extractor.tile:  # a convolutional network takes any size: Mammo-CLIP's 1520 is 47.5 cells
+        check_long_side(long_side, extractor.patch)
     if tiles and (not extractor.tile or long_side < extractor.tile):
         tiles = False  # the whole image is one tile, or the extractor reads whole images only
     mm = mm_per_px(rows, long_side)

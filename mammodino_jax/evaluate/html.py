@@ -16,15 +16,16 @@ DENSE = {
     "mean_distance_auc": "unlike the rest of the breast: AUC",
 }
 MARKS = (
-    ("dot and bar", "Estimate on the test items, and its 95 % interval over draws of test patients; hollow: kNN."),
-    ("grey, broken line", "A baseline, which an encoder has to beat; random init: its architecture, untrained."),
-    ("shaded band", f"95 % of the ROC curves of {DRAWS} draws of test patients; the probes stay as trained."),
+    ("dot and bar", "Figure, 95 % interval over draws of test patients. Hollow: kNN, full: linear probe."),
+    ("square, diamond", "Attentive pooling of patch tokens, and the encoder fine-tuned."),
+    ("grey", "Baseline that an encoder has to beat; random init: its architecture, untrained."),
+    ("shaded band", f"95 % of the ROC curves over {DRAWS} draws of test patients; probes as trained."),
     ("folds", "Scores of two folds are never ranked against each other: AUCs and curves are averaged."),
     ("transductive", "Pretraining saw test patients or test images, without their labels."),
-    ("pretraining patients unknown", "The weights do not say whom they learnt from: these may be test patients."),
+    ("pretraining patients unknown", "Weights do not say whom they learnt from: it may be test patients."),
     ("layout tested on random weights only", "The real weights of this encoder were never measured here."),
     ("foreign preprocessing", "The encoder reads a build that it was not made for."),
-)  # fmt: skip
+)
 
 
 def write_page(results: dict, scores: dict | None, rows, output: Path) -> Path:
@@ -61,7 +62,7 @@ def _baselines(results: dict) -> set[str]:
 
 
 def _is_baseline(row: dict) -> bool:
-    return row["kind"] in ("baseline", "random")
+    return row["encoder"] is None
 
 
 def _encoders(rows) -> set[int]:
@@ -77,6 +78,10 @@ def _figures(head: list[str], lines, marked=frozenset()) -> str:
     return f'<div class="figures">{table(head, lines, marked)}</div>'
 
 
+def _chart(svg: bytes, alt: str, caption: str = "") -> str:
+    return figure(embed(svg, "svg+xml", alt), caption)
+
+
 def _grid(figures: list[str]) -> str:
     return f'<div class="grid">{"".join(figures)}</div>' if figures else ""
 
@@ -86,24 +91,25 @@ def asked_section(results: dict) -> str:
     data, first = results["data"], results["tasks"][0]
     kinds, patients = data["records_by_kind"], data["patients_by_split"]
     of_kind = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-    folds = first["folds"] // first["repeats"]
+    left_out = f"{data['records_left_out']} left out as copies or flagged"
+    by_patient = f"{first['folds']} folds x {first['repeats']}" if first["folds"] > 1 else "the test split"
     cards = [
-        ("Records", str(sum(kinds.values())), f"{of_kind}; {data['records_left_out']} left out as copies or flagged"),
+        ("Records", str(sum(kinds.values())), f"{of_kind}; {left_out}"),
         ("Patients", str(sum(patients.values())), ", ".join(f"{n} {split}" for split, n in patients.items())),
-        ("Tested on", f"{folds} folds x {first['repeats']}" if folds > 1 else "the test split",
-         "patients kept together; nothing is chosen on test items"),
-    ]  # fmt: skip
+        ("Tested on", by_patient, "patients kept together; nothing is chosen on test items"),
+    ]
     seen, lines = {row["features"]: row for task in results["tasks"] for row in task["rows"]}, []
     for name, row in seen.items():
         side, mm = row["long_side"], row["mm_per_px"]
         size = f"{side} px" if side else "-", f"{mm:.3f}" if mm else "-"
         fingerprint = results["encoders"].get(name, {}).get("fingerprint", "-")
         lines.append([name, row["kind"], *size, fingerprint, "; ".join(row["remarks"])])
+    head = ["features", "kind", "long side", "mm/px", "fingerprint", "remarks"]
     shown = [[name.replace("_", " "), _setting(value)] for name, value in results["settings"].items()]
     absent = ", ".join(results["absent_tasks"])
     return section(
         "What was asked", paragraph(results["note"]), facts(cards),
-        table(["features", "kind", "long side", "mm/px", "fingerprint", "remarks"], lines, _encoders(seen.values())),
+        table(head, lines, _encoders(seen.values())),
         paragraph(f"Not asked, no such images in the data: {absent}.") if absent else "",
         _folded("Settings", table(["setting", "value"], shown)),
     )  # fmt: skip
@@ -119,20 +125,16 @@ def _setting(value) -> str:
 def task_section(task: dict, scores: dict) -> str:
     """The figures of a task, its charts, and its groups of items."""
     rows = task["rows"]
-    head, *lines = (
-        [*line[:2], *line[3:]] for line in (HEAD[:-1] + ["remarks"], *map(cells, rows))
-    )  # no input size
-    largest = max(row["long_side"] or 0 for row in rows)  # of a sweep: 20 curves in a chart say nothing
-    drawn = charts.strokes(
-        [n for n in dict.fromkeys(row["features"] for row in rows) if n.endswith(f" @ {largest}") or " @ " not in n],
-        _baselines({"tasks": [task]}),
-    )  # fmt: skip
-    intervals = embed(
-        charts.probes({"tasks": [task]}), "svg+xml", f"{task['task']}: AUC and interval of each row"
-    )
+    table_ = [HEAD[:-1] + ["remarks"], *map(cells, rows)]
+    head, *lines = ([*line[:2], *line[3:]] for line in table_)  # the size of the input is said above
+    largest = f" @ {max(row['long_side'] or 0 for row in rows)}"
+    names = dict.fromkeys(row["features"] for row in rows)  # of a sweep one size: 20 curves say nothing
+    drawn = [name for name in names if " @ " not in name or name.endswith(largest)]
+    drawn = charts.strokes(drawn, _baselines({"tasks": [task]}))
+    intervals = _chart(charts.probes({"tasks": [task]}), f"{task['task']}: AUC and interval of each row")
     return section(
         task["task"], paragraph(f"{task['note']} {tested(task)}".strip()),
-        _figures(head, lines, _encoders(rows)), figure(intervals),
+        _figures(head, lines, _encoders(rows)), intervals,
         _grid([*roc_chart(task, scores, drawn), *few_charts(task, drawn)]), breakdown(rows),
     )  # fmt: skip
 
@@ -144,41 +146,40 @@ def roc_chart(task: dict, scores: dict, drawn: dict) -> list[str]:
     if not lines:
         return []
     kind = ", mean over classes against the rest" if len(task["classes"]) > 2 else ""
-    picture = embed(
-        charts.roc(lines, GRID, drawn), "svg+xml", f"{task['task']}: ROC curves of the linear probe"
-    )
-    return [figure(picture, f"Linear probe{kind}; mean over folds.")]
+    alt = f"{task['task']}: ROC curves of the linear probe"
+    return [_chart(charts.roc(lines, GRID, drawn), alt, f"Linear probe{kind}; mean over folds.")]
 
 
 def few_charts(task: dict, drawn: dict) -> list[str]:
     """AUC over the share of patients with labels, a chart a probe."""
-    lines = {}
-    for name in [n for n in drawn if n in task["few_label"]]:
-        for probe, line in task["few_label"][name].items():
+    lines, figures = {}, []
+    for name in drawn:
+        for probe, line in task["few_label"].get(name, {}).items():
             found = [(100 * p["share"], p["auc"], p["low"], p["high"]) for p in line if p["auc"] is not None]
-            lines.setdefault(probe, {}).update({name: found} if found else {})
-    figures = []
+            if found:
+                lines.setdefault(probe, {})[name] = found
     for probe, found in lines.items():
         chart = charts.points(found, drawn, "patients with labels (%)")
         alt = f"{task['task']}: AUC of the {probe} probe over the share of labelled patients"
-        figures.append(
-            figure(embed(chart, "svg+xml", alt), f"Few labels, {probe} probe; the test items stay the same.")
-        )
+        figures.append(_chart(chart, alt, f"Few labels, {probe} probe; the test items stay the same."))
     return figures
 
 
 def breakdown(rows: list[dict]) -> str:
     """AUC within groups of the test items, features side by side; "" where there are none."""
-    rows, lines = [row for row in rows if row["breakdown"]], []
-    for column, value in dict.fromkeys(
-        (c, v) for row in rows for c in row["breakdown"] for v in row["breakdown"][c]
-    ):
+    rows, lines = [row for row in rows if row["breakdown"] and row["probe"] == "linear"], []
+    values = [(column, value) for row in rows for column, of in row["breakdown"].items() for value in of]
+    for column, value in dict.fromkeys(values):
         groups = [row["breakdown"].get(column, {}).get(value) for row in rows]
         n = next(group["n"] for group in groups if group)
         aucs = [estimate({"value": g["auc"], **g}) if g else "-" for g in groups]
         lines.append([column.replace("_", " "), value, n, *aucs])
-    head = ["group", "value", "items", *(f"{row['features']}, {row['probe']}" for row in rows)]
-    return _folded("AUC [95 %] within groups of the test items", table(head, lines)) if lines else ""
+    head = ["group", "value", "items", *(row["features"] for row in rows)]
+    return (
+        _folded("AUC [95 %] of the linear probe within groups of the test items", table(head, lines))
+        if lines
+        else ""
+    )
 
 
 def sweep_section(results: dict, rows) -> str:
@@ -190,11 +191,11 @@ def sweep_section(results: dict, rows) -> str:
         for p in [p for p in found if p["auc"] is not None]:
             lines.setdefault(p["features"], []).append((p[unit], p["auc"], p["low"], p["high"]))
         label = "mm per input pixel" if unit == "mm_per_px" else "long side (px)"
-        chart = charts.points(lines, charts.strokes(lines, _baselines(results)), label)
-        figures.append(figure(embed(chart, "svg+xml", f"{task}: AUC over the resolution of the input"), task))
-    return section(
-        "Resolution", paragraph("One probe on the same items at several input sizes."), _grid(figures)
-    )
+        if lines:
+            chart = charts.points(lines, charts.strokes(lines, _baselines(results)), label)
+            figures.append(_chart(chart, f"{task}: AUC over the resolution of the input", task))
+    about = "One probe on the same items at several input sizes."
+    return section("Resolution", paragraph(about), _grid(figures))
 
 
 def dense_section(results: dict, rows) -> str:
@@ -203,19 +204,20 @@ def dense_section(results: dict, rows) -> str:
     for unit in dict.fromkeys(row["unit"] for row in found):
         mine, lines = [row for row in found if row["unit"] == unit], []
         for row in mine:
-            rates = [f"{row['sensitivity'][rate]['value']:.3f}" for rate in ("1", "2", "4")]
+            rates = [estimate(row["sensitivity"][rate] | {"low": None}) for rate in ("1", "2", "4")]
             lines.append([row["features"], *(estimate(row[name]) for name in DENSE), *rates])
         first = mine[0]
         parts += [
             f"<h3>{unit.capitalize()}s</h3>",
             paragraph(
-                f"{first['lesions']} lesions in {first['images']} {unit}s; {first['normals']} without any."
+                f"{first['lesions']} lesions in {first['images']} {unit}s; {first['normals']} without."
             ),
             _figures(["features", *DENSE.values(), *(f"sensitivity at {n}" for n in (1, 2, 4))], lines),
         ]
     about = (
-        "Patches of a lesion against tissue patches of the same image, mean over images: by a linear probe, and "
-        "without labels. Sensitivity: share of lesions found at so many false positives an image or volume."
+        "Patches of a lesion against tissue patches of the same image, mean over images: by a linear probe, "
+        "and without labels. Sensitivity: share of lesions found at so many false positives an image or "
+        f"volume. Left out: {results['dense']['counts']['unlocated']} findings whose place is unknown."
     )
     return section("Where lesions are, by patch tokens", paragraph(about), *parts)
 
@@ -231,18 +233,16 @@ def shortcuts_section(results: dict, rows) -> str:
     not_asked = "; ".join(f"{probe}: {reason}" for probe, reason in found["not_asked"].items())
     return section(
         "Shortcuts and leakage",
-        paragraph("What else the features tell, beside what guessing reaches: reasons to doubt high figures above."),
+        paragraph("What else the features tell, beside what guessing reaches: why high figures may mislead."),
         table(["probe", "metric", "n", "chance", *names], list(lines.values())),
         paragraph(f"Not asked: {not_asked}.") if not_asked else "",
     )  # fmt: skip
 
 
 def cross_slice_section(results: dict, rows) -> str:
-    picture = embed(
-        charts.cross_slice(results["cross_slice"]), "svg+xml", "likeness of slices over their distance"
-    )
-    about = "Cosine of the features of two slices of a volume, less that of slices of two volumes."
-    return section("Slices of a volume", paragraph(about), figure(picture))
+    about = "Cosine of the features of two slices of a volume, less that of slices of two patients."
+    chart = _chart(charts.cross_slice(results["cross_slice"]), "likeness of slices over their distance")
+    return section("Slices of a volume", paragraph(about), chart)
 
 
 def retrieval_section(results: dict, rows) -> str:
@@ -269,8 +269,7 @@ def _record(rows, i: int, what: str) -> str:
 
 def closing_section(results: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    command = paragraph(f"Command: {results['command']}") if "command" in results else ""
-    marks = table(["mark", "meaning"], [list(m) for m in MARKS])
-    return section(
-        "How to read this page", marks, paragraph(LEGEND), paragraph(f"Versions: {versions}."), command
-    )
+    command = " ".join(map(_setting, results["command"].split()))
+    marks, about = table(["mark", "meaning"], [list(m) for m in MARKS]), f"Versions: {versions}. Command: "
+    said = f'<p class="note">{html.escape(about)}<code>{html.escape(command)}</code></p>'
+    return section("How to read this page", marks, paragraph(LEGEND), said)

@@ -194,8 +194,8 @@ def interval(found: Resampled) -> tuple[float | None, float | None]:
     """95 % interval by the bias-corrected and accelerated bootstrap (BCa, Efron 1987).
 
     Percentiles of the draws, moved for their bias and for the skewness that leaving patients out shows:
-    plain percentiles lie too low near an AUC of 1. Widened for few patients by Student's t and P / (P - 1)
-    (Hesterberg 2015).
+    plain percentiles lie too high near an AUC of 1 and with few positives. Widened for few patients by
+    Student's t and P / (P - 1) (Hesterberg 2015).
 
     Returns:
       low, high; None where the metric is not computed, or half of the draws or more are not.
@@ -207,7 +207,7 @@ def interval(found: Resampled) -> tuple[float | None, float | None]:
     below = ((drawn < found.value - tied).mean() + (drawn <= found.value + tied).mean()) / 2
     bias = stats.norm.ppf(np.clip(below, 1 / (len(drawn) + 1), len(drawn) / (len(drawn) + 1)))
     left_out = found.left_out[np.isfinite(found.left_out)]
-    skewness = stats.skew(left_out) if np.ptp(left_out) > tied else 0.0
+    skewness = stats.skew(left_out) if len(left_out) and np.ptp(left_out) > tied else 0.0
     ends = bias + np.array([-1, 1]) * stats.t.ppf(0.975, P - 1) * np.sqrt(P / (P - 1))
     moved = ends / np.maximum(1 + skewness / (6 * np.sqrt(P)) * ends, 1e-3)
     return tuple(float(v) for v in np.quantile(drawn, stats.norm.cdf(bias + moved)))

@@ -6,11 +6,21 @@ n items of P patients, W bootstrap draws, a positives and b negatives.
 import numpy as np
 from scipy import stats
 
-from mammodino_jax.evaluate.metrics import Scored, resample
+from mammodino_jax.evaluate.metrics import Resampled, Scored, resample
 
 
 def paired(one: list[Scored], other: list[Scored], draws: int, seed: int, metric: str = "auc") -> dict | None:
-    """Difference of a metric, `one` minus `other`, over bootstrap draws of patients that both share.
+    """The `difference` of a metric, `one` minus `other`, over draws of patients that both share.
+
+    Raises:
+      ValueError: folds, repeats, patients, labels or items of the two differ.
+    """
+    same_items(one, other)
+    return difference(*(resample(folds, draws, seed, [metric])[0] for folds in (one, other)))
+
+
+def difference(a: Resampled, b: Resampled) -> dict | None:
+    """A metric of one encoder minus that of another, resampled with the same items, draws and seed.
 
     With d the difference and d* that of a draw, its distance |d* - d| widened by sqrt(P / (P - 1)):
     p = (1 + number of draws with |d* - d| >= |d|) / (W + 1), two-sided, and the interval is d plus and minus
@@ -20,20 +30,15 @@ def paired(one: list[Scored], other: list[Scored], draws: int, seed: int, metric
     Returns:
       difference, low, high, p, draws_used; None where either metric is not computed, or half of the draws or
       more are not.
-
-    Raises:
-      ValueError: folds, repeats, patients, labels or items of the two differ.
     """
-    same_items(one, other)
-    a, b = (resample(folds, draws, seed, [metric])[0] for folds in (one, other))
     d, drawn = a.value - b.value, a.drawn - b.drawn
-    drawn = drawn[np.isfinite(drawn)]
-    if a.patients < 2 or not np.isfinite(d) or len(drawn) <= draws / 2:
+    known = drawn[np.isfinite(drawn)]
+    if a.patients < 2 or not np.isfinite(d) or len(known) <= len(drawn) / 2:
         return None
-    distance = np.abs(drawn - d) * np.sqrt(a.patients / (a.patients - 1))
-    p = (1 + (distance >= abs(d) - 1e-9).sum()) / (len(drawn) + 1)  # equal encoders: p = 1
+    distance = np.abs(known - d) * np.sqrt(a.patients / (a.patients - 1))
+    p = (1 + (distance >= abs(d) - 1e-9).sum()) / (len(known) + 1)  # equal encoders: p = 1
     half = float(np.quantile(distance, 0.95))
-    return {"difference": d, "low": d - half, "high": d + half, "p": float(p), "draws_used": len(drawn)}
+    return {"difference": d, "low": d - half, "high": d + half, "p": float(p), "draws_used": len(known)}
 
 
 def same_items(one: list[Scored], other: list[Scored]) -> None:
@@ -76,13 +81,13 @@ def delong(one: list[Scored], other: list[Scored]) -> dict:
         right_2a.append((ranks[positive] - stats.rankdata(score[positive])) / b)
         right_2b.append(1 - (ranks[~positive] - stats.rankdata(score[~positive])) / a)
     auc = np.mean(right_2a, axis=1)
-    difference = auc[0] - auc[1]
+    d = auc[0] - auc[1]
     variance = sum(np.var(np.subtract(*r), ddof=1) / len(r[0]) for r in (right_2a, right_2b))
     with np.errstate(invalid="ignore", divide="ignore"):
-        z = np.divide(difference, np.sqrt(variance))
+        z = np.divide(d, np.sqrt(variance))
     return {
         "auc": auc.tolist(),
-        "difference": float(difference),
+        "difference": float(d),
         "z": float(z),
         "p": float(2 * stats.norm.sf(abs(z))),
     }

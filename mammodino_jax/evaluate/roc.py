@@ -19,7 +19,7 @@ def mean_roc(folds: list, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
       folds: metrics.Scored of the test part of each.
 
     Returns:
-      f64 [3, G]: the curve, its 2.5th and its 97.5th percentile over draws of patients; NaN where not computed.
+      f64 [3, G]: the curve, its 2.5th and 97.5th percentile over draws of patients; NaN where not computed.
     """
     patients, place_n = np.unique(np.concatenate([f.patient for f in folds]), return_inverse=True)
     P, classes = len(patients), folds[0].score.shape[1]

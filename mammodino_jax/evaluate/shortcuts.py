@@ -14,8 +14,9 @@ from sklearn.model_selection import GridSearchCV, GroupKFold, StratifiedGroupKFo
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from mammodino_jax.evaluate import intervals
 from mammodino_jax.evaluate.items import units
-from mammodino_jax.evaluate.resample import figure, mean_figure, patient_weights
+from mammodino_jax.evaluate.probes import standardise
 
 MOST = 5000  # units, or slices, that a probe looks at; whole patients are drawn
 VOLUME_SLICES = 12  # of a volume at most, evenly spaced, that the depth probe looks at
@@ -87,17 +88,18 @@ def _patients(rows, places, least: int = LEAST_PATIENTS) -> np.ndarray:
     return patient
 
 
-def _cosines(x_nF, y_mF) -> np.ndarray:
-    x_nF, y_mF = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9) for x in (x_nF, y_mF))
-    return x_nF @ y_mF.T
+def _directions(x_nF) -> np.ndarray:
+    """Standardised features, as the k-NN probe sees them, of length 1: their products are cosines."""
+    x = standardise(x_nF, np.arange(len(x_nF))).astype(np.float32)
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
 
 
 def retrieve(rows, x_rF, places, draws, seed, apart: str | None = None) -> dict:
-    """Share of images whose nearest other image, by cosine of centred features, is of the same patient.
+    """Share of images whose nearest other, by cosine of standardised features, is of the same patient.
 
     apart: a column; images with the query's value of it are no neighbours.
     """
-    patient, x = _patients(rows, places, 2), x_rF[places]
+    patient, x = _patients(rows, places, 2), _directions(x_rF[places])
     allowed = ~np.eye(len(places), dtype=bool)
     if apart:
         value = rows.columns[apart][places]
@@ -107,9 +109,8 @@ def retrieve(rows, x_rF, places, draws, seed, apart: str | None = None) -> dict:
     counted = same.any(axis=1)
     if not counted.any():
         raise _NotAskedError(f"no patient has two images{f' that differ in {apart}' if apart else ''}")
-    x = x - x.mean(axis=0)
-    nearest = np.where(allowed, _cosines(x, x), -np.inf).argmax(axis=1)
-    found = mean_figure(same[np.arange(len(same)), nearest][counted], patient[counted], draws, seed)
+    nearest = np.where(allowed, x @ x.T, -np.inf).argmax(axis=1)
+    found = intervals.mean(same[np.arange(len(same)), nearest][counted], patient[counted], draws, seed)
     chance = (same.sum(axis=1) / np.maximum(allowed.sum(axis=1), 1))[counted].mean()
     return {"metric": "top 1", **found, "chance": float(chance), "patients": len(np.unique(patient[counted]))}
 
@@ -130,14 +131,14 @@ def classify(rows, x_rF, places, draws, seed, column: str) -> dict:
     for train, test in splitter.split(x, label, patient):
         model = LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=1000)
         predicted[test] = make_pipeline(StandardScaler(), model).fit(x[train], label[train]).predict(x[test])
-    weights = np.vstack([np.ones(len(label)), patient_weights(patient, draws, seed)])
+    weights = intervals.weightings(patient, draws, seed)
     with np.errstate(invalid="ignore"):
         of_class = [weights[:, label == c] for c in range(len(values))]
         right = [w @ (predicted[label == c] == c) / w.sum(axis=1) for c, w in enumerate(of_class)]
     accuracy = np.mean(right, axis=0)
     return {
-        "metric": "balanced accuracy", **figure(accuracy[0], accuracy[1:]), "chance": 1 / len(values),
-        "n": len(label), "patients": len(np.unique(patient)), "values": values,
+        "metric": "balanced accuracy", **intervals.estimate(accuracy, patient, draws),
+        "chance": 1 / len(values), "n": len(label), "patients": len(np.unique(patient)), "values": values,
     }  # fmt: skip
 
 
@@ -166,7 +167,7 @@ def depth(rows, x_rF, places, draws, seed) -> dict:
     predicted, _ = _predict(x_rF[slices], target, patient)
     volumes = _groups(rows, slices)
     at = [np.searchsorted(slices, of) for of in volumes]
-    found = mean_figure(
+    found = intervals.mean(
         [_correlation(*map(rankdata, (predicted[of].round(9), target[of])))[0] for of in at],
         c["patient_id"][[of[0] for of in volumes]], draws, seed,
     )  # fmt: skip
@@ -187,7 +188,7 @@ def _correlation(a_n, b_n, weights_Wn=None) -> np.ndarray:
 
 
 def size(rows, x_rF, places, draws, seed, what: str) -> dict:
-    """Spearman's correlation, mean over folds, of a predicted size with the true one; patients apart.
+    """Spearman's correlation, ranked within folds, of a predicted size with the true one; patients apart.
 
     what: "breast area" (mm2 of records whose pixel size is known; px where it is known of none), "mm per px".
     """
@@ -202,13 +203,13 @@ def size(rows, x_rF, places, draws, seed, what: str) -> dict:
     if np.ptp(target) <= 1e-6 * np.abs(target).max():
         raise _NotAskedError("it is the same in all images")
     predicted, fold = _predict(x_rF[places], target, patient)
-    weights = np.vstack([np.ones(len(target)), patient_weights(patient, draws, seed)])
-    parts = [np.flatnonzero(fold == f) for f in range(FOLDS)]
-    # ranks as they are, weighted: near enough to ranking each draw again
-    by_fold = [_correlation(rankdata(predicted[p]), rankdata(target[p]), weights[:, p]) for p in parts]
-    value = np.mean(by_fold, axis=0)
+    weights = intervals.weightings(patient, draws, seed)
+    ranks = np.zeros((2, len(target)))
+    for part in (fold == f for f in range(FOLDS)):  # predictions of two folds are not ranked together
+        ranks[:, part] = [rankdata(v[part]) / part.sum() for v in (predicted, target)]
+    value = _correlation(*ranks, weights)
     return {
-        "metric": "Spearman", **figure(value[0], value[1:]), "chance": 0.0, "n": len(target),
+        "metric": "Spearman", **intervals.estimate(value, patient, draws), "chance": 0.0, "n": len(target),
         "patients": len(np.unique(patient)), "r2": float(r2_score(target, predicted)), "unit": unit,
     }  # fmt: skip
 
@@ -270,7 +271,7 @@ def cross_slice(rows, features: dict[str, np.ndarray], draws: int = 1000, seed: 
         difference = []
         for column in (within - across).T:
             kept = np.isfinite(column)
-            difference.append(mean_figure(column[kept], patient[kept], draws, seed))
+            difference.append(intervals.mean(column[kept], patient[kept], draws, seed))
         out[name] = {
             "offsets": list(OFFSETS), "within": _means(within), "across": _means(across),
             "difference": difference, "volumes": len(volumes),
@@ -285,7 +286,7 @@ def _means(values_vd) -> list[float | None]:
 
 
 def neighbours(rows, x_rF, count: int, seed: int) -> list[dict]:
-    """Nearest images of other patients, by cosine of centred features; volumes by their middle slice.
+    """Nearest images of other patients, by cosine of standardised features; volumes by their middle slice.
 
     Queries are drawn in turn from each data set, kind and value of the best-known label.
 
@@ -301,9 +302,8 @@ def neighbours(rows, x_rF, count: int, seed: int) -> list[dict]:
         groups.setdefault((rows.columns["dataset"][i], rows.columns["kind"][i], label[i]), []).append(u)
     turn = [(nth, place, u) for place, of in enumerate(groups.values()) for nth, u in enumerate(of)]
     queries = [u for *_, u in sorted(turn)[:count]]
-    x = x_rF[places] - x_rF[places].mean(axis=0)
-    out = []
-    for u, cosine in zip(queries, _cosines(x[queries], x), strict=True):
+    x, out = _directions(x_rF[places]), []
+    for u, cosine in zip(queries, x[queries] @ x.T, strict=True):
         near = np.argsort(np.where(patient == patient[u], np.inf, -cosine), kind="stable")
         near = near[: min(NEAR, (patient != patient[u]).sum())]
         cosines = cosine[near].astype(float).tolist()

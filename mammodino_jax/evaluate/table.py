@@ -2,17 +2,23 @@
 
 from collections.abc import Iterable
 
+from mammodino_jax.evaluate.metrics import METRICS
+
 LEGEND = (
     "Transductive: pretraining saw test patients. Not computed: a training or test part lacks a class. "
-    "No interval: most draws of patients lack one. -: of two classes only."
+    "No interval: most draws of patients lack one. An interval without width: every draw gave the same, as "
+    "at an AUC of 1; other patients may not. -: of two classes only."
 )
-COLUMNS = {  # metrics beside the AUC
+TITLES = {
+    "auc": "AUC",
     "average_precision": "average precision",
     "balanced_accuracy": "balanced accuracy",
     "sensitivity_at_90_specificity": "sensitivity at 90 % specificity",
     "pf1": "pF1",
+    "quadratic_kappa": "quadratic-weighted kappa",
 }
-HEAD = ["features", "probe", "input", "AUC [95 %]", *COLUMNS.values(), ""]
+BESIDE = METRICS[1:]  # without intervals, for want of room
+HEAD = ["features", "probe", "input", "AUC [95 %]", *(TITLES[name] for name in BESIDE), ""]
 
 
 def markdown(results: dict) -> str:
@@ -27,7 +33,7 @@ def markdown(results: dict) -> str:
     lines += [
         f"Probes on frozen features; {grouping}. AUC and average precision are macro one-vs-rest where there "
         f"are more than two classes; intervals: 95 %, BCa bootstrap of {settings['draws']} draws of test "
-        f"patients; seeds: standard deviation over repeats with other folds, apart from the interval. {LEGEND}",
+        f"patients; seeds: standard deviation over repeats with other folds. {LEGEND}",
         "",
     ]
     for task in results["tasks"]:
@@ -59,9 +65,14 @@ def estimate(metric: dict) -> str:
     return f"{metric['value']:.3f}{interval}"
 
 
+def size(row: dict) -> str:
+    """The input of a row's features."""
+    spacing = f", {row['mm_per_px']:.2f} mm/px" if row["mm_per_px"] else ""
+    return f"{row['long_side']} px{spacing}" if row["long_side"] else "-"
+
+
 def cells(row: dict) -> list[str]:
     """A row of results as text, under `HEAD`."""
-    spacing = f", {row['mm_per_px']:.2f} mm/px" if row["mm_per_px"] else ""
     metrics, remarks = row["metrics"], list(row["remarks"])
     auc = metrics["auc"]
     if auc["value"] is not None and auc["low"] is None:
@@ -72,9 +83,9 @@ def cells(row: dict) -> list[str]:
     return [
         row["features"],
         row["probe"] if row["probe"] != "none" else "-",
-        f"{row['long_side']} px{spacing}" if row["long_side"] else "-",
+        size(row),
         estimate(auc) + seeds,
-        *(_value(metrics[name]) if name in metrics else "-" for name in COLUMNS),
+        *(_value(metrics[name]) if name in metrics else "-" for name in BESIDE),
         "; ".join(remarks),
     ]
 

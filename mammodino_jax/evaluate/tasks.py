@@ -1,8 +1,10 @@
 """Tasks of a benchmark over data: which items they ask, in which folds, and what probes answer."""
 
 import dataclasses
+import functools
 
 import numpy as np
+from absl import logging
 
 from mammodino_jax.errors import UserError
 from mammodino_jax.evaluate import probes
@@ -108,10 +110,12 @@ def answer(
     task, items, folds = question.task, question.items, question.folds
     rows, scored, few_label = [], [], {}
     for entry in entries:
-        for name in args.probes if entry.extractor else ("none",):
-            tested, chosen = _probe(question, entry, name, features, folds, args)
+        for name in applicable(entry, args.probes):
+            reader = _reader(question, entry, name, features, args)
+            tested, chosen = _run(question, reader, folds, args)
             scored.append((entry.name, name, tested))
             metrics = summarise(tested, args.draws, args.seed)
+            groups = breakdown if entry.spec and name == args.probes[-1] else ()
             rows.append({
                 "features": entry.name, "encoder": entry.spec, "kind": entry.kind, "probe": name,
                 "long_side": entry.long_side, "mm_per_px": entry.mm(question.tested()),
@@ -119,12 +123,11 @@ def answer(
                 "not_computed": metrics["auc"]["not_computed"], "chosen": chosen,
                 "remarks": list(entry.remarks),
                 "breakdown": cut(
-                    entry.rows, items, question.chosen, folds, tested, breakdown, args.draws, args.seed
+                    entry.rows, items, question.chosen, folds, tested, groups, args.draws, args.seed
                 ),
             })  # fmt: skip
             if args.few_labels and entry.extractor:
-                curve = few_label.setdefault(entry.name, {}).setdefault(name, [])
-                curve += _few_labels(question, entry, name, features, args)
+                few_label.setdefault(entry.name, {})[name] = _few_labels(question, reader, args)
     test = np.concatenate([f.test for f in folds if f.repeat == 0])
     names = dict(enumerate(items.rows.class_names.get(task.label, [])))
     counts = np.bincount(question.label[test], minlength=len(question.classes)).tolist()
@@ -142,16 +145,58 @@ def answer(
     return facts, scored
 
 
-def _probe(question: Question, entry, name: str, features: dict, folds, args):
-    """A probe's Scored and settings on every fold."""
-    patient, classes = question.patient, len(question.classes)
-    ids = question.items.id[question.chosen]
+def applicable(entry, asked: tuple[str, ...]) -> tuple[str, ...]:
+    """The probes that suit an entry: only encoders have patch tokens, only our ViTs can be fine-tuned."""
+    if not entry.extractor:
+        return ("none",)
+    allowed = {*probes.PROBES, *(("attentive",) if entry.encoder else ())}
+    allowed |= {"finetune"} if entry.encoder and entry.encoder.vit else set()
+    return tuple(name for name in asked if name in allowed)
+
+
+def _reader(question: Question, entry, name: str, features: dict, args) -> tuple:
+    """A probe, what it reads, and what stands for that in the cache ("": the features themselves)."""
     if name == "none":
-        found = probes.run(probes.majority, None, question.label, patient, folds, classes)
-    else:
+        return probes.majority, None, "none"
+    if name in probes.PROBES:
         x = item_features(question, entry, features[entry.name], args.parts, args.aggregate)
-        probe = probes.PROBES[name]
-        found = probes.run(probe, x, question.label, patient, folds, classes, args.seed, args.cache)
+        return probes.PROBES[name], x, ""
+    from mammodino_jax.evaluate import attentive, finetune  # late: they import jax
+
+    rows, items, encoder, side = entry.rows, question.items, entry.encoder, entry.long_side
+    ids = [rows.columns[c][items.item >= 0].tolist() for c in ("image_id", "pixel_hash")]
+    config = finetune.FinetuneConfig(**({"micro_batch": args.batch_size} if args.batch_size else {}))
+    how = attentive.SIDE if name == "attentive" else config
+    key = repr((encoder.fingerprint, side, question.task.level, ids, how))
+
+    @functools.cache
+    def cells():
+        *found, left_out = attentive.item_cells(rows, items, encoder, side, batch_size=args.batch_size)
+        if left_out:
+            logging.warning(
+                "%s: %d images beyond the first %d of a %s are not read by the attentive probe",
+                question.task.name, left_out, attentive.IMAGES, question.task.level,
+            )  # fmt: skip
+        return tuple(part[question.chosen] for part in found)
+
+    def on_cells(x, *rest):
+        return attentive.attentive(x(), *rest)
+
+    def on_images(x, *rest):
+        return finetune.finetune(x, *rest, encoder, side, config)
+
+    if name == "attentive":
+        return on_cells, cells, key
+    return on_images, finetune.images_of(rows, items, question.chosen), key
+
+
+def _run(question: Question, reader: tuple, folds, args):
+    """A probe's Scored and settings on every fold."""
+    probe, x, key = reader
+    found = probes.run(
+        probe, x, question.label, question.patient, folds, len(question.classes), args.seed, args.cache, key
+    )
+    ids = question.items.id[question.chosen]
     tested = [
         dataclasses.replace(t, item=ids[fold.test], repeat=fold.repeat)
         for t, fold in zip(found[0], folds, strict=True)
@@ -159,17 +204,14 @@ def _probe(question: Question, entry, name: str, features: dict, folds, args):
     return tested, found[1]
 
 
-def _few_labels(question: Question, entry, name: str, features: dict, args) -> list[dict]:
+def _few_labels(question: Question, reader: tuple, args) -> list[dict]:
     """AUC with labels of a share of the patients that train and choose."""
     curve = []
     for share in probes.SHARES:
         folds = [probes.few(f, question.label, question.patient, share, args.seed) for f in question.folds]
-        tested, _ = _probe(question, entry, name, features, folds, args)
+        tested, _ = _run(question, reader, folds, args)
         auc = summarise(tested, args.draws, args.seed, ("auc",))["auc"]
         patients = np.mean([len(np.unique(question.patient[np.r_[f.train, f.val]])) for f in folds])
-        curve.append(
-            {"share": share, "patients": int(patients)}
-            | {"auc": auc["value"]}
-            | {k: auc[k] for k in ("low", "high")}
-        )
+        point = {"share": share, "patients": int(patients), "auc": auc["value"]}
+        curve.append(point | {name: auc[name] for name in ("low", "high")})
     return curve

@@ -164,21 +164,23 @@ class LayerScale(nnx.Module):
         return x * self.gamma[...].astype(x.dtype)
 
 
-def residual(x_BTD, branch, key, rate: float, group: int):
-    """x + branch(x); in training the branch runs on a random subset of each group of rows only.
+def residual(x_BTD, branch, key, rate: float, group: int, *others):
+    """x + branch(x, *others); in training the branch runs on a random subset of each group of rows only.
 
     DINOv2's batch-subset stochastic depth: of every `group` consecutive rows, int(group * (1 - rate)) are
     drawn (at least one), and their branch is scaled by group / drawn. The size is static: compute is saved.
+    `others` are arrays [B, ...] that the branch needs of the same rows.
     """
     if key is None or rate == 0.0:
-        return x_BTD + branch(x_BTD)
+        return x_BTD + branch(x_BTD, *others)
     B, T, D = x_BTD.shape
     group = group or B
     keep = max(int(group * (1 - rate)), 1)
     x_GRTD = x_BTD.reshape(B // group, group, T, D)
     rows_GS = jax.vmap(lambda k: jax.random.permutation(k, group)[:keep])(jax.random.split(key, B // group))
     drawn = jax.vmap(lambda x, rows: x[rows])(x_GRTD, rows_GS)
-    y = branch(drawn.reshape(-1, T, D)).reshape(drawn.shape) * (group / keep)
+    flat_S = (jnp.arange(0, B, group)[:, None] + rows_GS).ravel()
+    y = branch(drawn.reshape(-1, T, D), *(a[flat_S] for a in others)).reshape(drawn.shape) * (group / keep)
     return jax.vmap(lambda x, rows, y: x.at[rows].add(y))(x_GRTD, rows_GS, y).reshape(B, T, D)
 
 
@@ -194,9 +196,12 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD, key=None, group: int = 0, real_BT=None):
         keys = (None, None) if key is None else jax.random.split(key)
-        x_BTD = residual(
-            x_BTD, lambda x: self.ls1(self.attn(self.norm1(x), real_BT)), keys[0], self.rate, group
-        )
+        mask = () if real_BT is None else (real_BT,)
+
+        def attend(x, *real):
+            return self.ls1(self.attn(self.norm1(x), *real))
+
+        x_BTD = residual(x_BTD, attend, keys[0], self.rate, group, *mask)
         return residual(x_BTD, lambda x: self.ls2(self.mlp(self.norm2(x))), keys[1], self.rate, group)
 
 
@@ -243,7 +248,7 @@ class ViT(nnx.Module):
           key: random key of drop-path; None evaluates.
           group: rows that share one drop-path draw; 0 is all of them.
           grids: of own_grids, where images fill only a part of the canvas: the features of each are those
-            of the image alone. Not with drop-path.
+            of the image alone.
 
         Returns:
           {"cls": [B, D], "patches": [B, N, D]}, both after the final norm.
@@ -281,8 +286,11 @@ class ViT(nnx.Module):
 
 
 def cls_attention(model: ViT, images, grids=None):
-    """Attention of the CLS token to the patches in the last block, f32 [B, H, N]; the rest to 1 goes to itself
-    and to the registers. Arguments as of ViT; `model` is of no other use afterwards."""
+    """Attention of the CLS token to the patches in the last block, f32 [B, H, N].
+
+    What is left to 1 goes to itself and to the registers. Arguments as of ViT; `model` is of no other use
+    afterwards.
+    """
     a, seen = model.blocks[-1].attn, []
 
     class Watched(nnx.Module):

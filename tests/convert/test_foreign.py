@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from data_prep.settings import PRESETS, Settings
 from mammodino_jax.augment import IMAGENET_MEAN, IMAGENET_STD
 from mammodino_jax.convert import folder, mammoclip
-from mammodino_jax.convert.foreign import NOT_PIXELS, made_for
+from mammodino_jax.convert.foreign import made_for
 from mammodino_jax.convert.hf import config_json, from_hf, to_hf
 from mammodino_jax.convert.hub import hub_shapes, to_hub
 from mammodino_jax.convert.pretrained import load_pretrained
@@ -180,7 +180,8 @@ def test_presets_name_fields_of_a_build():
     names = {f.name for f in dataclasses.fields(Settings)}
     for preset in ("mammoclip", "dbt-dino", "rad-dino"):
         made = made_for(preset)
-        assert made.keys() <= names - set(NOT_PIXELS) and made["size"] == PRESETS[preset]["size"]
+        assert made.keys() <= names and made["size"] == PRESETS[preset]["size"]
+    assert made_for("") == {}
 
 
 class Malicious:
@@ -217,6 +218,13 @@ def test_objects_in_a_checkpoint_are_refused_by_name(tmp_path):
         load_encoder(f"mammoclip:{tmp_path / 'w.tar'}")
 
 
+def test_a_pytorch_that_runs_code_is_not_used(tmp_path, monkeypatch):
+    torch.save({}, tmp_path / "w.pth")
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    with pytest.raises(UserError, match=r"PyTorch 2\.5\.1\+cpu runs code.*torch>=2\.6"):
+        load_encoder(f"hub:{tmp_path / 'w.pth'}")
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
 def test_truncated_files_are_named(tmp_path, suffix, share):
@@ -240,7 +248,7 @@ def test_a_truncated_export_is_named(tmp_path):
     with pytest.raises(UserError, match=r"model\.safetensors is no readable safetensors"):
         load_encoder(str(tmp_path / "out"))
     weights.unlink()
-    with pytest.raises(UserError, match="holds neither checkpoints"):
+    with pytest.raises(UserError, match=r"model\.safetensors is not a file"):
         load_encoder(str(tmp_path / "out"))
 
 

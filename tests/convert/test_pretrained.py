@@ -322,7 +322,7 @@ def without(name):
         ("hf", lambda: to_hf(weights(VIT)) | {"x": np.ones(1, np.float32)}, "x is .*no tensor of this name"),
         ("hub", lambda: {**weights(VIT), "blocks.1.mlp.fc2.weight": np.ones((128, 9), np.float32)}, r"fc2.*\(128, 9\), expected \(128, 512\)"),
         ("biomedclip", lambda: weights(VIT), r"no visual\.trunk\.\*.*expected BiomedCLIP"),
-        ("mammoclip", lambda: weights(VIT), r"_conv_head\.weight is .*missing.*expected \[2048, 1408\] features"),
+        ("mammoclip", lambda: weights(VIT), r"_conv_head\.weight has no features, expected 2048 or 1408: Mammo-CLIP"),
         ("dbt-dino", lambda: to_hf(weights(VIT)), "of dbt-dino names"),
         ("hub", lambda: {**weights(VIT), "norm.bias": np.full(128, np.nan, np.float32)}, "norm.bias holds NaN"),
         ("hub", lambda: {**weights(VIT), "pos_embed": np.ones((1, 49, 128), np.float32)}, r"1 \+ side\^2"),

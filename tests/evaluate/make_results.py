@@ -106,7 +106,7 @@ def make_task(name, classes, scored, few=True):
     ]
     return {
         "task": name, "label": name, "kinds": ["film"], "level": "image", "primary": True, "note": "A task's own note.",
-        "classes": list(range(classes)), "folds": 10, "repeats": 2, "train_items": 38, "test_items": 64,
+        "classes": list(range(classes)), "folds": 5, "repeats": 2, "train_items": 38, "test_items": 64,
         "test_patients": 32, "test_items_by_class": counts, "rows": rows, "few_label": few_label,
     }  # fmt: skip
 
@@ -118,7 +118,7 @@ def minimal(tasks=None):
         for i, name in enumerate(ENCODERS)
     }  # fmt: skip
     return {
-        "benchmark": "mini-mias", "title": "mini-MIAS <films>", "note": "Digitised films of 1994.", "absent_tasks": [],
+        "command": "python -m mammodino_jax.evaluate --data /home/someone/mias --folds 5", "benchmark": "mini-mias", "title": "mini-MIAS <films>", "note": "Digitised films of 1994.", "absent_tasks": [],
         "settings": {"encoder": ["/home/someone/tiny run"], "data": ["/home/someone/mias"], "builds": [], "draws": 2000,
                      "folds": 5, "repeats": 2, "seed": 0, "protocol": {"kNN": {"k": 20}}, "interval": "95 %"},
         "encoders": encoders,
@@ -132,10 +132,7 @@ def full():
     """(results with every section, scores as read_scores gives them, rows for retrieval)"""
     scored = []
     tasks = [make_task("abnormality", 2, scored), make_task("density", 3, scored)]
-    results = minimal(tasks) | {
-        "absent_tasks": ["density, DBT volumes"],
-        "command": "python -m mammodino_jax.evaluate --folds 5",
-    }
+    results = minimal(tasks) | {"absent_tasks": ["density, DBT volumes"]}
     results["sweep"] = {
         task["task"]: [
             {"features": name, "long_side": side, "mm_per_px": 194 / side, "auc": auc, "low": auc - 0.06, "high": auc + 0.05}
@@ -162,6 +159,11 @@ def full():
         ],
         "not_asked": {"site": "one value only"},
         "looked_at": {},
+    }  # fmt: skip
+    results["cross_slice"] = {
+        name: {"offsets": list(range(1, 11)), "within": [0.9] * 10, "across": [0.2] * 10, "gap_mm": 1.0, "volumes": 12,
+               "difference": [interval(strength / 2 - 0.03 * d) | {"n": 12} for d in range(9)] + [{"value": None, "low": None, "high": None}]}
+        for name, strength in (BASELINES | ENCODERS).items()
     }  # fmt: skip
     results["retrieval"] = [
         {"encoder": name, "query": 4 * k, "near": [4 * k + 1, 4 * k + 2, 4 * k + 3], "cosine": [0.987, 0.954, 0.901]}

@@ -11,8 +11,10 @@ from data_prep.build import BuildOptions, build
 from data_prep.sources import bcs_dbt, cbis_ddsm, cmmd, embed, inbreast, mias, rsna, vindr
 from mammodino_jax.data import records
 from mammodino_jax.errors import UserError
+from mammodino_jax.evaluate.__main__ import main
 from mammodino_jax.evaluate.benchmarks import BENCHMARKS, asked_of, find
 from mammodino_jax.evaluate.items import group, read_rows
+from mammodino_jax.evaluate.tasks import ask
 
 SOURCES = {
     "vindr": vindr,
@@ -156,3 +158,16 @@ def test_a_built_tree_has_items_of_every_task(name, tmp_path, breast, write_dico
         labels, counts = np.unique(items.label(task.label)[asked], return_counts=True)
         found[task.name] = dict(zip(labels.tolist(), counts.tolist(), strict=True))
     assert found == ASKED[name]
+
+
+def test_what_a_recipe_cannot_be_asked_of_is_refused(labelled, tmp_path):
+    content = labelled.items(8, slices=0)
+    for _, row in content:
+        row |= {"kind": "film", "label_cancer_biopsy": row["label_cancer"]}
+    rows = read_rows([labelled.write(tmp_path / "films", content)])
+    with pytest.raises(
+        UserError, match='task "cancer, masses" needs the label "mass"; labels there are: cancer'
+    ):
+        ask(BENCHMARKS["cbis_ddsm"], rows, 0, 1, 0)
+    with pytest.raises(UserError, match="--dense: the findings of CMMD have no places"):
+        main(["--encoder", "e", "--data", "d", "--output", "o", "--benchmark", "cmmd", "--dense"])

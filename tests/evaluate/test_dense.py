@@ -1,5 +1,7 @@
 """The dense probe on images whose lesions are known, and on candidates counted by hand."""
 
+import json
+
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
@@ -77,6 +79,7 @@ def folds(items):
 def result(dataset, encoder, **changes):
     rows, items = dataset
     found = dense.run(rows, encoder, SIDE, items, changes.get("folds", folds(items)), 500, 0, batch_size=8)
+    found = json.loads(json.dumps(found, allow_nan=False))  # as results.json has it
     return {row["unit"]: row for row in found["rows"]}, found["counts"]
 
 
@@ -107,6 +110,8 @@ def test_noise_is_one_half(dataset):
     for row in units.values():
         for name in ("supervised_auc", "left_right_auc", "mean_distance_auc"):
             assert 0.2 < row[name]["value"] < 0.8
+            assert abs(row[name.replace("auc", "rank")]["value"] - row["rank_chance"]) < 0.25
+        assert row["rank_chance"] == pytest.approx(0.8, abs=0.01)  # the best of four patches
         assert row["sensitivity"]["1"]["value"] < 1
     low, high = units["image"]["supervised_auc"]["low"], units["image"]["supervised_auc"]["high"]
     assert low - 0.05 <= 0.5 <= high + 0.05
@@ -179,8 +184,9 @@ def test_left_right_compares_equal_places():
     one = rng.normal(size=(10, 6, 16))
     tissue = np.ones((10, 6))
     np.testing.assert_allclose(dense.left_right(one, tissue, one, tissue), 0, atol=1e-6)
-    far = np.roll(one, 5, axis=0)  # the same patches, half a breast away
-    assert dense.left_right(one, tissue, far, tissue).min() > 0.1
+    for axis, shift in ((0, 5), (1, 3)):  # the same patches, half a breast away
+        far = np.roll(one, shift, axis=axis)
+        assert dense.left_right(one, tissue, far, tissue).min() > 0.1
     fine = one.repeat(2, axis=0).repeat(2, axis=1)  # another grid: places are shares of the height
     np.testing.assert_allclose(dense.left_right(one, tissue, fine, np.ones((20, 12))), 0, atol=1e-6)
     nearly = np.zeros((10, 6))
@@ -197,7 +203,8 @@ def test_the_other_breast_is_of_the_same_study_view_and_depth(labelled):
     none = float("nan")
     flat = [("p", "s", "2d", v, side, none, none) for v, side in (("CC", "L"), ("MLO", "R"), ("CC", "R"))]
     other = [("p", "t", "2d", "CC", "L", none, none), ("q", "s", "2d", "CC", "L", none, none),
-             ("p", "s", "2d", None, "L", none, none), ("p", "s", "2d", None, "R", none, none)]  # fmt: skip
+             ("p", "s", "2d", None, "L", none, none), ("p", "s", "2d", None, "R", none, none),
+             ("p", "s", "2d", "CC", None, none, none)]  # fmt: skip
     assert dense.contralateral(rows(*flat, *other)) == {0: 2, 2: 0}
     left = [("p", None, "dbt", "CC", "L", float(s), 3.0) for s in range(3)]
     right = [("p", None, "dbt", "CC", "R", float(s), 5.0) for s in range(5)]

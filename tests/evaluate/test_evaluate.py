@@ -95,10 +95,10 @@ def test_breasts_and_exams_are_items_where_a_task_asks_them(run, monkeypatch):
 
 def test_an_encoder_reads_the_build_it_was_made_for(run, labelled, tmp_path):
     main = labelled.write(
-        tmp_path / "main", labelled.items(8), settings={"preset": "mammodino", "window": "percentile"}
+        tmp_path / "main", labelled.items(20), settings={"preset": "mammodino", "window": "percentile"}
     )
     raw = labelled.write(
-        tmp_path / "raw", labelled.items(8)[::-1], settings={"preset": "raw", "window": "minmax"}
+        tmp_path / "raw", labelled.items(20)[::-1], settings={"preset": "raw", "window": "minmax"}
     )
     made = {"preset": "raw", "window": "minmax"}
     with pytest.raises(
@@ -116,8 +116,8 @@ def test_an_encoder_reads_the_build_it_was_made_for(run, labelled, tmp_path):
     assert ours["encoders"]["tiny"]["reads"] == [str(main)]
     assert ours["encoders"]["tiny on raw"]["reads"] == [str(raw)]
     assert "foreign preprocessing: raw" in ours["encoders"]["tiny on raw"]["remarks"]
-    with pytest.raises(UserError, match="40 of the 40 records of --data are not there"):
-        other = [(image, row | {"image_id": f"x{row['image_id']}"}) for image, row in labelled.items(8)]
+    with pytest.raises(UserError, match="100 of the 100 records of --data are not there"):
+        other = [(image, row | {"image_id": f"x{row['image_id']}"}) for image, row in labelled.items(20)]
         run(
             "--folds",
             "4",
@@ -125,6 +125,17 @@ def test_an_encoder_reads_the_build_it_was_made_for(run, labelled, tmp_path):
             str(labelled.write(tmp_path / "other", other, settings={"preset": "raw"})),
             data=main,
         )
+
+
+@pytest.mark.slow
+def test_patch_tokens_and_the_whole_network_can_be_probed(run):
+    task = run("--probes", "attentive,finetune,linear")["tasks"][0]
+    by_name = {}
+    for row in task["rows"]:
+        by_name.setdefault(row["features"], []).append(row["probe"])
+    assert by_name["hand-made"] == ["linear"]
+    assert by_name["random init"] == by_name["tiny"] == ["attentive", "finetune", "linear"]
+    assert all(auc(row) > 0.6 for row in task["rows"] if row["probe"] in ("finetune", "attentive"))
 
 
 def test_weights_of_others_are_called_layout_tested(run):

@@ -107,6 +107,29 @@ def test_patch_grids_are_those_of_the_image_alone(data, encoder):
     np.testing.assert_array_equal(tissue, expected)
 
 
+def test_a_remembered_encoder_encodes_an_image_once(data, encoder, tmp_path):
+    rows, calls = read_rows([data]), []
+
+    class Counted(features.Remembered):
+        def __getattr__(self, name):
+            return getattr(encoder, name)
+
+    def count(images, sizes):
+        calls.append(len(images))
+        return encoder(images, sizes)
+
+    remembered = Counted(count, tmp_path)
+    found = features.record_features(rows, features.encoder_extractor(remembered), 56)
+    plain = features.record_features(rows, features.encoder_extractor(encoder), 56)
+    np.testing.assert_array_equal(found["cls"], plain["cls"])
+    np.testing.assert_array_equal(found["mean"], plain["mean"])
+    encoded = sum(calls)
+    for place, tokens, _, _ in features.patch_grids(rows, [4, 45, 0], remembered, 56):
+        (expected,) = (t for p, t, _, _ in features.patch_grids(rows, [place], encoder, 56))
+        np.testing.assert_allclose(tokens, expected, atol=2e-3)
+    assert sum(calls) == encoded
+
+
 def test_baselines_see_the_image_and_not_the_canvas(data):
     rows = read_rows([data]).take(np.arange(4))
     for name in ("mask geometry", "hand-made", "raw pixels"):
@@ -120,7 +143,8 @@ def test_a_long_side_off_the_patch_grid_is_a_user_error(data):
     with pytest.raises(
         UserError, match="--long-side 100 is not a positive multiple of the patch size 14; 98 is"
     ):
-        features.record_features(read_rows([data]), MARKER, 100)
+        features.record_features(read_rows([data]), dataclasses.replace(MARKER, tile=56), 100)
+    assert len(features.record_features(read_rows([data]), MARKER, 100)["x"])  # not a ViT
 
 
 def test_untrained_keeps_the_shape_and_forgets_what_was_seen(encoder):

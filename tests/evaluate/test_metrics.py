@@ -235,9 +235,14 @@ def test_no_fold_with_both_classes_gives_no_figure():
     assert (found["value"], found["low"], found["high"], found["not_computed"]) == (None, None, None, 2)
 
 
-def test_one_patient_gives_no_interval():
-    found = summarise([scored([0, 1, 1], [0.2, 0.1, 0.3], np.zeros(3))], 1000, 0)["auc"]
-    assert (found["value"], found["low"], found["high"]) == (0.5, None, None)
+def test_one_patient_gives_no_interval_and_two_give_one_or_none():
+    label, score = np.array([0, 1, 1, 0] * 3), np.tile([0.2, 0.1, 0.9, 0.3], 3) + np.arange(12) / 100
+    one, two = (summarise([scored(label, score, np.arange(12) % n)], 1000, 0)["auc"] for n in (1, 2))
+    assert one["value"] == two["value"] == pytest.approx(0.5)
+    assert (one["low"], one["high"]) == (None, None)
+    assert two["low"] <= 0.5 <= two["high"]
+    apart = summarise([scored([0, 1], [0.2, 0.1])], 1000, 0)["auc"]  # whoever is left out, a class is gone
+    assert apart["value"] == 0 and apart["low"] in (None, 0)
 
 
 def test_a_class_the_probe_never_saw_is_not_computed():

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
+from mammodino_jax import charts
 from mammodino_jax.evaluate.html import write_page
 from mammodino_jax.evaluate.roc import GRID, mean_roc
 
 SECTIONS = [
     "What was asked", "abnormality", "density", "Resolution", "Where lesions are, by patch tokens",
-    "Shortcuts and leakage", "What the encoders find alike", "How to read this page",
+    "Shortcuts and leakage", "Slices of a volume", "What the encoders find alike", "How to read this page",
 ]  # fmt: skip
 
 
@@ -70,8 +71,8 @@ def test_the_page_is_whole_and_loads_nothing(whole, made):
     assert not {"script", "link", "iframe", "b", "films", "layout"} & set(reader.tags)
     assert all(load.startswith("data:image/") for load in reader.loads)
     assert not re.search(r"https?:|url\(|@import", page)
-    # a task: intervals, ROC, few labels of two probes; a sweep each; 6 queries of 4 pictures
-    assert len(reader.loads) == len(reader.alts) == 2 * 4 + 2 + 24
+    # a task: intervals, ROC, few labels of two probes; a sweep each; slices; 6 queries of 4 pictures
+    assert len(reader.loads) == len(reader.alts) == 2 * 4 + 2 + 1 + 24
     assert all(len(alt) > 20 for alt in reader.alts)
     assert made.SECRET not in page and "/home/" not in page
 
@@ -110,7 +111,7 @@ def test_the_numbers_are_on_the_page(whole):
     assert (
         "5 folds x 2" in text
         and "3 left out" in text
-        and "python -m mammodino_jax.evaluate --folds 5" in text
+        and "python -m mammodino_jax.evaluate --data mias --folds 5" in text
     )
     assert "query: 2d, L, CC, density\N{NO-BREAK SPACE}A, cancer\N{NO-BREAK SPACE}0" in text
     assert "0.954: 2d, L, MLO" in text and "transductive: pretraining saw 3 test patients" in text
@@ -149,6 +150,20 @@ def test_a_sweep_draws_curves_of_the_largest_input_only(made, tmp_path):
         patch.setattr("mammodino_jax.charts.roc", lambda lines, grid, styles: drawn.update(lines) or b"")
         write_page(made.minimal([task]), folds, None, tmp_path)
     assert len(drawn) == 5 and all(name.endswith(" @ 1036") for name in drawn)
+
+
+def test_intervals_of_four_probes_lie_beside_each_other(made):
+    task = made.make_task("abnormality", 2, [], few=False)
+    one = task["rows"][-1]
+    task["rows"] = [one | {"probe": name} for name in ("kNN", "linear", "attentive", "finetune")]
+    task["rows"].append(one | {"features": "hand-made", "encoder": None, "probe": "linear"})
+    figures = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(charts, "_svg", figures.append)
+        charts.probes({"tasks": [task]})
+    dots = [line for line in figures[0].axes[0].lines if line.get_marker() in ("o", "s", "D")]
+    assert [round(float(dot.get_ydata()[0]), 2) for dot in dots] == [-0.24, -0.08, 0.08, 0.24, 0.92]
+    assert [dot.get_color() for dot in dots] == [charts.BLUE] * 4 + [charts.GREY]
 
 
 def sklearn_mean(folds, classes):

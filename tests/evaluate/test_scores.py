@@ -1,8 +1,13 @@
+import dataclasses
+import json
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from mammodino_jax import compare
 from mammodino_jax.errors import UserError
+from mammodino_jax.evaluate import __main__ as evaluate
 from mammodino_jax.evaluate.metrics import Scored, summarise
 from mammodino_jax.evaluate.scores import read_scores, write_scores
 from mammodino_jax.provenance import hashes
@@ -68,6 +73,30 @@ def test_what_is_no_score_file_is_a_user_error(tmp_path):
     pq.write_table(pq.read_table(write(tmp_path)).select(["task", "item"]), tmp_path / "other.parquet")
     with pytest.raises(UserError, match="is no score file"):
         read_scores(tmp_path / "other.parquet")
+
+
+def test_what_evaluate_writes_is_compared(monkeypatch, encoder, data, tmp_path):
+    for name, changes in (("one", {}), ("two", {"mean": (0.2,)})):
+        loaded = dataclasses.replace(encoder, name=f"encoder {name}", **changes)
+        monkeypatch.setattr("mammodino_jax.encoder.load_encoder", lambda spec, loaded=loaded: loaded)
+        evaluate.main([
+            "--encoder", name, "--data", str(data), "--benchmark", "phantom", "--folds", "4", "--draws", "1000",
+            "--output", str(tmp_path / name), "--cache", str(tmp_path / "cache"), "--probes", "kNN",
+        ])  # fmt: skip
+    results = json.loads((tmp_path / "one/results.json").read_text())
+    scores = read_scores(tmp_path / "one/scores.parquet")
+    for task in results["tasks"]:
+        for row in task["rows"]:
+            again = summarise(scores[task["task"], row["features"], row["probe"]], 1000, 0, ("auc",))["auc"]
+            assert again["value"] == pytest.approx(row["metrics"]["auc"]["value"], abs=1e-6)
+    compare.main(
+        [*(str(tmp_path / n) for n in ("one", "two")), "--output", str(tmp_path / "both"), "--probe", "kNN"]
+    )
+    found = json.loads((tmp_path / "both/compare.json").read_text())
+    assert found["reference"] == "encoder one"
+    names = [s["system"] for s in found["systems"]]
+    assert names.count("majority class") == 1 and {"encoder one", "encoder two"} < set(names)
+    assert found["comparisons"] == len(found["tasks"]) * (len(names) - 1)
 
 
 def write(folder):
