@@ -2,7 +2,7 @@
 
     python -m pytest -s -m accept tests/acceptance/test_evaluation_statistics.py
 
-Under three minutes on two idle cores. Metrics, DeLong and the bootstrap are held against scikit-learn, a direct
+About three minutes of one core. Metrics, DeLong and the bootstrap are held against scikit-learn, a direct
 computation and scipy in tests/evaluate/test_metrics.py and test_paired.py; a scaled-down twin of this is
 tests/evaluate/test_coverage.py.
 """
