@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from make_dataset import breast
@@ -128,3 +129,23 @@ def test_line_6_a_pytorch_users_path(tmp_path):
                   f"largest difference {worst:.1e} (limit 1e-3); {files}")  # fmt: skip
             assert worst <= 1e-3
             assert to_hub(load_encoder(str(work / form)).params).keys() == to_hub(encoder.params).keys()
+    embedded(tmp_path, python)
+
+
+def embedded(tmp_path: Path, python: Path) -> None:
+    """One DICOM by `embed`, and by example.py on the image that it saved (as .npy: no Pillow there)."""
+    folder.export(random_encoder(VIT_S), "hf", tmp_path / "encoder", "test")
+    source = next((tmp_path / "dicom").rglob("*.dcm"))
+    run(sys.executable, "-m", "mammodino_jax.embed", "--encoder", tmp_path / "encoder", "--input", source,
+        "--output", tmp_path / "features.npz", "--save-images", tmp_path / "images", "--key", tmp_path / "key")  # fmt: skip
+    found = np.load(tmp_path / "features.npz")
+    image = cv2.imread(str(next((tmp_path / "images").glob("*.png"))), cv2.IMREAD_GRAYSCALE)
+    np.save(tmp_path / "image.npy", image)
+    run(python, tmp_path / "encoder/example.py", tmp_path / "image.npy", tmp_path / "theirs.npz")
+    theirs = np.load(tmp_path / "theirs.npz")
+    cls = float(np.abs(theirs["cls"] - found["cls"][0]).max())
+    mean = float(np.abs(theirs["tissue_mean"] - found["mean"][0]).max())
+    print(
+        f"   {source.name} by embed ({image.shape[0]} x {image.shape[1]} px): CLS {cls:.1e}, mean of tissue {mean:.1e}"
+    )
+    assert max(cls, mean) <= 1e-3
