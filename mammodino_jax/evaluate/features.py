@@ -106,10 +106,23 @@ class Remembered:
 
 def untrained(encoder, seed: int = 0):
     """The same architecture and normalisation with random weights."""
-    from mammodino_jax.model.head import init_params
+    if encoder.vit:
+        from mammodino_jax.model.head import init_params
 
-    params = init_params(encoder.vit, None, seed)
+        params = init_params(encoder.vit, None, seed)
+    else:  # convolutions: He's normal kernels, no bias
+        rng = np.random.default_rng(seed)
+        params = _fresh(encoder.params, rng)
     return dataclasses.replace(encoder, name="random init", kind="random", params=params, provenance={})
+
+
+def _fresh(node, rng: np.random.Generator):
+    """Nested parameters of convolutions, drawn anew."""
+    if isinstance(node, dict):
+        return {name: _fresh(child, rng) for name, child in node.items()}
+    if node.ndim == 1:
+        return np.zeros_like(node)
+    return rng.normal(0, math.sqrt(2 / math.prod(node.shape[:-1])), node.shape).astype(np.float32)
 
 
 def record_features(
@@ -175,16 +188,16 @@ def _extract(
     batches = make_eval_batches(
         read, shapes, long_side=side, patch=extractor.patch, batch_size=extractor.batch_size
     )
-    total, weight = {}, np.zeros(len(rows))
+    total, weight = {}, np.zeros(len(rows), np.float32)
     with tqdm(total=len(owner), desc=f"{name} at {long_side} px", unit="image") as bar:
         for batch in batches:
             kept = batch["place"] >= 0
             of = owner[batch["place"]]
             found = extractor.function(batch["image"], batch["size"], batch["tissue"], mm[of])
-            share = batch["tissue"].astype(np.float64).sum(axis=(1, 2)) + 1e-6 if tiles else np.ones(len(of))
+            share = batch["tissue"].astype(np.float32).sum(axis=(1, 2)) + 1e-6 if tiles else np.ones(len(of))
             np.add.at(weight, of[kept], share[kept])
             for part, x in found.items():
-                total.setdefault(part, np.zeros((len(rows), x.shape[1])))
+                total.setdefault(part, np.zeros((len(rows), x.shape[1]), np.float32))
                 np.add.at(total[part], of[kept], (x * share[:, None])[kept])
             bar.update(int(kept.sum()))
     return {part: (x / weight[:, None]).astype(np.float32) for part, x in total.items()}
