@@ -77,6 +77,8 @@ def parse(argv=None) -> argparse.Namespace:
     add(
         "--cache", type=Path, default=CACHE, help="features and scores of earlier runs (default: %(default)s)"
     )
+    add("--patches", type=Path, metavar="DIR", help="keep patch tokens here for other runs (4 MB an image "
+        "of ViT-B at 1036 px); default: not beyond a run")  # fmt: skip
     args = parser.parse_args(argv)
     if args.draws < 1000:
         raise UserError(f"--draws {args.draws} is too few for a 95 % interval; give 1000 or more")
@@ -140,11 +142,11 @@ def _made(folder: Path) -> Path:
 
 def main(argv=None) -> None:
     args = parse(argv)
-    benchmarks.find(args.benchmark)  # a mistyped name is refused before the data are read
-    rows = read_rows(args.data)
-    benchmark = benchmarks.find(args.benchmark, rows)
-    if args.dense and not benchmark.dense:
+    benchmark = benchmarks.find(args.benchmark)
+    if args.dense and benchmark and not benchmark.dense:
         raise UserError(f"--dense: the findings of {benchmark.title} have no places; leave it out")
+    rows = read_rows(args.data)
+    benchmark = benchmark or benchmarks.find(args.benchmark, rows)
     probes.check_patients(rows.columns["patient_id"], rows.columns["split"])
     args.folds = benchmark.folds if args.folds is None else args.folds
     if args.repeats > 1 and not args.folds:
@@ -154,7 +156,7 @@ def main(argv=None) -> None:
     with tempfile.TemporaryDirectory(prefix="patches-", dir=_made(args.cache)) as memory:
         runs = 2 * len(args.encoder) * len(args.long_side or [0])
         kept = (args.dense or "attentive" in args.probes) and len(rows) * runs <= REMEMBERED
-        entries = plan(args, rows, tested, Path(memory) if kept else None)
+        entries = plan(args, rows, tested, args.patches or (Path(memory) if kept else None))
         for entry in entries:
             if entry.extractor:
                 entry.features(args.cache, args.tiles)  # into the cache: in memory one at a time
