@@ -20,6 +20,7 @@ from mammodino_jax.evaluate.items import Items, Rows, units
 
 ATTENTION_BYTES = 1e9  # of one layer's attention matrix, float32, on each device
 BATCH = 16  # images a device at most
+CPU_TOKENS = 1500  # on a device at once where more are no faster: the last batch of a canvas is half empty
 REMEMBERED = 2000  # records at most whose patch tokens are kept during a run: 9 GB of ViT-B's at 1036 px
 CACHE_VERSION = 1  # raised where the same settings give other features
 
@@ -67,8 +68,13 @@ def batches_of(encoder, batch_size: int = 0) -> Callable[[int], int]:
     import jax
 
     devices, heads = len(jax.local_devices()), encoder.vit.heads if encoder.vit else 1
-    fit = lambda tokens: int(ATTENTION_BYTES / (4 * heads * tokens**2))  # noqa: E731
-    return lambda tokens: batch_size or devices * min(max(fit(tokens), 1), BATCH)
+    tokens_at_once = CPU_TOKENS if jax.default_backend() == "cpu" else math.inf
+
+    def fitting(tokens: int) -> int:
+        most = min(ATTENTION_BYTES / (4 * heads * tokens**2), tokens_at_once / tokens, BATCH)
+        return batch_size or devices * max(int(most), 1)
+
+    return fitting
 
 
 class Remembered:
