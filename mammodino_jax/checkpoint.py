@@ -83,29 +83,71 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(p.name) for p in Path(folder).iterdir() if re.fullmatch(r"\d+", p.name))
 
 
-def load(workdir: Path, part: str = "state", names: dict | None = None):
-    """Read a part of the newest checkpoint of a workdir without building a train state.
+def workdir_of(path: Path) -> Path | None:
+    """The workdir that `path` is, or that it is a checkpoint of (workdir/checkpoints/STEP); None: neither."""
+    path = Path(path).absolute()
+    if path.parent.name == "checkpoints" and re.fullmatch(r"\d+", path.name):
+        return path.parent.parent
+    return path if (path / "checkpoints").is_dir() else None
+
+
+def load(path: Path, part: str = "state", names: dict | None = None):
+    """Read a part of a checkpoint without building a train state.
 
     Args:
-      workdir: a training workdir.
+      path: a training workdir, for its newest checkpoint, or one of its checkpoints.
       part: "state" or "provenance".
       names: abstract subtree to read, e.g. {"teacher": {"backbone": ...}}; None reads all.
 
     Raises:
-      UserError: there is no checkpoint.
+      UserError: there is no checkpoint, it is damaged, or it holds other arrays than `names`.
     """
-    folder = Path(workdir).absolute() / "checkpoints"
+    path = Path(path).absolute()
+    workdir = workdir_of(path) or path
+    folder = workdir / "checkpoints"
     found = steps(folder)
     if not found:
         raise UserError(
             f"no finished checkpoint under {folder}; train first: python main.py --config=... --workdir=..."
         )
-    if names is not None:
-        names = _here(names)
+    file = folder / str(found[-1]) if path == workdir else path
     context = ocp.Context()
     context.pytree.loading.partial_load = names is not None
-    with context:
-        return ocp.load_checkpointables(folder / str(found[-1]), {part: names})[part]
+    try:
+        if names is not None:
+            _check(file, ocp.checkpointables_metadata(file).metadata.get(part), names)
+            names = _here(names)
+        with context:
+            return ocp.load_checkpointables(file, {part: names})[part]
+    except (ValueError, KeyError, TypeError, OSError, ocp.errors.InvalidLayoutError) as error:
+        reason = f"{type(error).__name__} {error}".splitlines()[0][:200]
+        raise UserError(
+            f"{file} does not read as a checkpoint (damaged, or not copied whole?): {reason}"
+        ) from None
+
+
+def _check(file: Path, stored: dict | None, names: dict) -> None:
+    """Raise a UserError where what is stored of the networks in `names` has other arrays or shapes.
+
+    Orbax itself passes over arrays that are missing or not asked for. What is damaged (None) it names itself.
+    """
+    if stored is None:
+        return
+    there, expected = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="."): tuple(a.shape)
+            for path, a in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (stored, names)
+    )
+    networks = {tuple(name.split(".")[:2]) for name in expected}  # ("teacher", "backbone")
+    for name in sorted({*there, *expected}):
+        here, want = there.get(name, "missing"), expected.get(name, "no array of this name")
+        if tuple(name.split(".")[:2]) in networks and here != want:
+            raise UserError(
+                f"{file}: mismatched architecture: {name} is {here} there, but {want} by the workdir's "
+                "config.json; take the config.json that the run was started with"
+            )
 
 
 def _here(abstract: dict) -> dict:

@@ -38,9 +38,9 @@ class Encoder:
       vit: shape of the backbone; None: it is not a ViT.
       params: its parameters, nested.
       mean, std: statistics of the input normalisation, one a channel (grey is repeated to 3 channels).
-      provenance: what pretraining saw (provenance.collect); empty for untrained or foreign weights.
+      provenance: what pretraining saw (provenance.collect), or names of foreign weights; empty: untrained.
       kind: of the spec it was loaded from: workdir, export, random, or one of FOREIGN.
-      made_for: fields of data_prep.settings.Settings of the build that it was trained on; empty: any.
+      made_for: fields of data_prep.settings.Settings that all builds it was trained on share; empty: any.
       side: long side in pixels that it wants images in; 0: SCALE times that of its training crops.
     """
 
@@ -111,10 +111,10 @@ def load_encoder(spec: str) -> Encoder:
     """Load the encoder that `spec` names.
 
     Args:
-      spec: a training workdir (the teacher of its newest checkpoint), a folder that mammodino_jax.export
-        wrote, foreign weights (`hub:FILE`, `timm:FILE`, `hf:DIR`, `dbt-dino:FILE`, `biomedclip:DIR`,
-        `mammoclip:FILE`, see convert.foreign.read), or `random:ARCH` (nano, vits14, vitb14, vitl14, vitg14)
-        for untrained weights.
+      spec: a training workdir (the teacher of its newest checkpoint) or a checkpoint of one
+        (workdir/checkpoints/STEP), a folder that mammodino_jax.export wrote, foreign weights (`hub:FILE`,
+        `timm:FILE`, `hf:DIR`, `dbt-dino:FILE`, `biomedclip:DIR`, `mammoclip:FILE`, see convert.foreign.read),
+        or `random:ARCH` (nano, vits14, vitb14, vitl14, vitg14) for untrained weights.
 
     Raises:
       UserError: nothing loadable there.
@@ -139,7 +139,7 @@ def load_encoder(spec: str) -> Encoder:
         raise UserError(
             f"encoder {spec!r} is neither a folder nor random:ARCH, {kinds} (hf, biomedclip: or DIR)"
         )
-    if (folder / "checkpoints").is_dir():
+    if checkpoint.workdir_of(folder):
         return _from_workdir(folder)
     if any((folder / name).is_file() for name in ("mammodino.json", "model.safetensors")):
         from mammodino_jax.convert import folder as exported
@@ -151,14 +151,34 @@ def load_encoder(spec: str) -> Encoder:
     )
 
 
-def _from_workdir(folder: Path) -> Encoder:
+def read_recipe(workdir: Path):
+    """The Recipe of a training workdir.
+
+    Raises:
+      UserError: its config.json is missing or damaged.
+    """
     from mammodino_jax.recipe import from_config
 
-    recipe = from_config(json.loads((folder / "config.json").read_text()))
+    path = workdir / "config.json"
+    try:
+        return from_config(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # JSON's error is a ValueError
+        raise UserError(
+            f"{path} is not the configuration of a run ({error}): a workdir needs the one its run wrote"
+        ) from None
+
+
+def _from_workdir(folder: Path) -> Encoder:
+    """Of a workdir, or of one of its checkpoints."""
+    workdir = checkpoint.workdir_of(folder)
+    recipe = read_recipe(workdir)
     vit = dataclasses.replace(recipe.model, drop_path=0.0, remat=False, dtype="float32")
     backbone = jax.eval_shape(functools.partial(init_params, vit, None, 0))
     state = checkpoint.load(folder, "state", {"teacher": {"backbone": backbone}})
     mean, std = (s[: vit.channels] for s in (recipe.augment.mean, recipe.augment.std))
     seen = checkpoint.load(folder, "provenance")
-    made_for = (seen.get("builds") or [{}])[0]
-    return Encoder(folder.name, vit, state["teacher"]["backbone"], mean, std, seen, "workdir", made_for)
+    first, *others = seen.get("builds") or [{}]
+    made_for = {k: v for k, v in first.items() if all(k in b and b[k] == v for b in others)}
+    name = workdir.name if folder.absolute() == workdir else f"{workdir.name}-{folder.name}"
+    side = SCALE * recipe.crops.global_size
+    return Encoder(name, vit, state["teacher"]["backbone"], mean, std, seen, "workdir", made_for, side)

@@ -17,7 +17,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m mammodino_jax.export", description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--workdir", type=Path, help="a training workdir")
-    source.add_argument("--encoder", help="weights of any kind: hub:FILE, timm:FILE, hf:DIR, a folder")
+    source.add_argument(
+        "--encoder", help="weights of any kind: hub:FILE, timm:FILE, hf:DIR, a folder, RUN/checkpoints/STEP"
+    )
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("--output", required=True, type=Path, help="a new folder")
     parser.add_argument("--channels", type=int, choices=(1, 3), help="input channels, if others than its own")
@@ -39,7 +41,10 @@ def main(argv=None):
     spec = str(args.workdir or args.encoder)
     encoder, heads = load_encoder(spec), read_heads(spec) if args.heads else None
     if heads == {}:
-        raise UserError(f"{spec} has no projection heads; training workdirs and dbt-dino:FILE have")
+        raise UserError(
+            f"{spec} has no projection heads; training workdirs have, training checkpoints (hub:FILE, "
+            "dbt-dino:FILE), and folders that were exported with --heads"
+        )
     if args.channels:
         encoder = with_channels(encoder, args.channels)
     export(

@@ -57,21 +57,24 @@ def collect(data: DataConfig) -> dict:
 
 def inherited(weights: str, heads: str = "") -> dict:
     """Provenance of the weights that a run starts from: what they saw, or, under "foreign", their names."""
+    from mammodino_jax.convert.folder import origin
     from mammodino_jax.encoder import FOREIGN, load_encoder
 
-    # weights of others say nothing of what they saw, and their files are large
-    seen = {} if weights.partition(":")[0] in FOREIGN else load_encoder(weights).provenance
-    names = [heads] if seen else [weights.partition(":")[2] or weights, heads]
-    foreign = [Path(name).name for name in names if name]
-    return {**seen, "foreign": sorted({*foreign, *seen.get("foreign", [])})}
+    kind, _, file = weights.partition(":")
+    if file and kind in FOREIGN:  # without reading the weights: their files are large
+        seen = origin(Path(file))
+    else:
+        seen = load_encoder(weights).provenance or {"foreign": [Path(file or weights).name]}
+    return join(seen, origin(Path(heads)) if heads else {})
 
 
 def join(one: dict, other: dict) -> dict:
-    """Both provenances together; `other` may lack fields."""
-    out = dict(one, terms={**other.get("terms", {}), **one["terms"]})
-    out["sources"] = one["sources"] + [s for s in other.get("sources", []) if s not in one["sources"]]
+    """Both provenances together; either may lack fields."""
+    sources = one.get("sources", [])
+    out = dict(one, terms={**other.get("terms", {}), **one.get("terms", {})})
+    out["sources"] = sources + [s for s in other.get("sources", []) if s not in sources]
     for name in ("no_release", "patients", "pixels", "foreign"):
-        out[name] = sorted({*one[name], *other.get(name, [])})
+        out[name] = sorted({*one.get(name, []), *other.get(name, [])})
     return out
 
 

@@ -12,6 +12,7 @@ import pytest
 from make_dataset import breast
 from safetensors.numpy import load_file
 
+from mammodino_jax import provenance
 from mammodino_jax.augment import IMAGENET_MEAN, IMAGENET_STD
 from mammodino_jax.convert import folder
 from mammodino_jax.convert.hub import from_hub, to_hub
@@ -187,12 +188,15 @@ def test_hub_to_hugging_face_and_back_is_bit_exact(tmp_path, vit):
     """By the command, from foreign file to foreign file; positions keep the way that Hugging Face has."""
     encoder = random_encoder(dataclasses.replace(vit, dim=64, heads=1))
     folder.export(encoder, "hf", tmp_path / "hf", "test")
+    (tmp_path / "hf/mammodino.json").unlink()  # as others' files are
     hf = load_encoder(f"hf:{tmp_path / 'hf'}")
     assert dataclasses.replace(hf.vit, layerscale=0.5) == encoder.vit
     same(hf, encoder)
     main(["--encoder", f"hf:{tmp_path / 'hf'}", "--format", "hub", "--output", str(tmp_path / "hub")])
+    (tmp_path / "hub/mammodino.json").unlink()
     spec = f"hub:{tmp_path / 'hub/model.safetensors'}"
     same(load_encoder(spec), encoder)
+    assert "Converted from hf, whose terms apply" in (tmp_path / "hub/README.md").read_text()
     main(["--encoder", spec, "--format", "hf", "--output", str(tmp_path / "again")])
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "again"))
     for weights in (a, b):  # registers are absent, or there are 0 of them
@@ -241,6 +245,9 @@ def test_onnx_gives_our_features(tmp_path, capsys):
         cls, patches = session.run(None, {"pixel_values": normalised_nchw(encoder, x).numpy()})
         close(encoder(x), np.concatenate([cls[:, None], patches], axis=1))
     same(load_encoder(str(tmp_path / "o")), encoder)
+    assert json.loads((tmp_path / "o/mammodino.json").read_text())["onnx_size"] == [98, 70]
+    card = (tmp_path / "o/README.md").read_text()
+    assert "H x W = 98 x 70 px only" in card and "Padding\nenters attention here" in card
 
 
 def test_onnx_that_fails_leaves_nothing(tmp_path, monkeypatch):
@@ -264,6 +271,26 @@ def test_onnx_names_the_package_that_is_missing(tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=rf"needs {package}.*pip install 'mammodino-jax\[onnx\]'"):
         folder.export(random_encoder(VIT), "onnx", tmp_path / "o", "test")
+    assert not list(tmp_path.iterdir())
+
+
+def test_onnx_names_a_transformers_that_cannot_build(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime", reason="ONNX export needs it")
+    transformers = pytest.importorskip("transformers", reason="ONNX export needs it")
+
+    def broken(folder):  # what a torchvision of another torch does
+        raise ModuleNotFoundError("Could not import module 'Dinov2WithRegistersModel'")
+
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", broken)
+    with pytest.raises(UserError, match=r"transformers cannot build .*'Dinov2With.*torchvision"):
+        folder.export(random_encoder(VIT), "onnx", tmp_path / "o", "test")
+
+
+@pytest.mark.parametrize("form", ["hf", "onnx"])
+def test_transformers_takes_a_whole_mlp_ratio_only(tmp_path, form):
+    encoder = random_encoder(dataclasses.replace(VIT, mlp_ratio=2.5))
+    with pytest.raises(UserError, match=r"whole mlp_ratio, not 2\.5"):
+        folder.export(encoder, form, tmp_path / "o", "test")
     assert not list(tmp_path.iterdir())
 
 
@@ -307,6 +334,49 @@ def test_weights_that_may_not_be_released_need_private(tmp_path):
     main([*command, "--private"])
     card = (tmp_path / "out/README.md").read_text()
     assert "\nprivate: true\n---" in card and "**Private: not for release.** The terms of embed" in card
+
+
+@pytest.mark.parametrize("form", ["hub", "timm", "hf"])
+def test_an_export_named_by_the_kind_of_its_files_stays_an_export(tmp_path, form):
+    seen = {"no_release": ["embed"], "patients": ["aa"], "pixels": ["bb"]}
+    given = dataclasses.replace(trained(**seen), mean=(0.3,) * 3, std=(0.2,) * 3, side=140)
+    folder.export(given, form, tmp_path / form, "test", private=True)
+    file = tmp_path / form / "model.safetensors"
+    for path in (file, file.parent):
+        encoder = load_encoder(f"{form}:{path}")
+        for field in ("name", "vit", "mean", "std", "side", "made_for"):
+            assert getattr(encoder, field) == getattr(given, field), field
+        assert encoder.kind == "export" and seen.items() <= encoder.provenance.items()
+        assert provenance.inherited(f"{form}:{path}").items() >= seen.items()
+    assert provenance.inherited("random:nano", str(file.parent / "heads.safetensors")).items() >= seen.items()
+    with pytest.raises(UserError, match="trained on embed, whose terms forbid"):
+        main(["--encoder", f"{form}:{file}", "--format", "orbax", "--output", str(tmp_path / "out")])
+
+
+def test_a_copied_file_keeps_its_terms(tmp_path):
+    given = random_encoder(dataclasses.replace(VIT, dim=64, heads=1))
+    given = dataclasses.replace(given, provenance=trained(no_release=["embed"]).provenance)
+    folder.export(given, "hub", tmp_path / "hub", "test", private=True)
+    copy = (tmp_path / "hub/model.safetensors").rename(tmp_path / "mine.safetensors")
+    seen = load_encoder(f"hub:{copy}").provenance
+    assert (seen["no_release"], seen["foreign"]) == (["embed"], ["mine.safetensors"])
+    assert provenance.inherited(f"hub:{copy}") == provenance.join(seen, {})
+    command = ["--encoder", f"hub:{copy}", "--format", "hf", "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="trained on embed, whose terms forbid"):
+        main(command)
+    main([*command, "--private"])
+    card = (tmp_path / "out/README.md").read_text()
+    assert "vindr-mammo: PhysioNet" in card and "Converted from mine.safetensors, whose terms apply" in card
+
+
+def test_the_card_names_crops_and_builds_that_differ(tmp_path):
+    builds = [{"box": "tissue", "clahe": 2.0}, {"box": "full", "clahe": 2.0}]
+    encoder = dataclasses.replace(trained(builds=builds), side=140, made_for={"clahe": 2.0})
+    folder.export(encoder, "hf", tmp_path / "out", "test")
+    card = (tmp_path / "out/README.md").read_text()
+    for text in ("made for: clahe 2.0. It was trained on builds that differ in box.", "the mean within about 1e-3",
+                 "its training crops had 70 px, its positions are stored for 98 px"):  # fmt: skip
+        assert text in card
 
 
 def test_hugging_faces_image_processor_gives_our_input(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import logging
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mammodino_jax import checkpoint
@@ -17,7 +18,7 @@ from mammodino_jax.convert import timm
 from mammodino_jax.convert.foreign import check, tensors
 from mammodino_jax.convert.hf import config_json, from_hf, has_registers, to_hf
 from mammodino_jax.convert.hub import from_hub, hub_shapes, to_hub
-from mammodino_jax.encoder import Encoder
+from mammodino_jax.encoder import SCALE, Encoder
 from mammodino_jax.errors import UserError
 from mammodino_jax.model.head import init_params
 from mammodino_jax.model.vit import ViTConfig
@@ -26,7 +27,15 @@ FORMATS = ("hub", "timm", "hf", "onnx", "safetensors", "orbax")
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _EXAMPLES = {"hub": "hub.py", "hf": "hf.py", "onnx": "hf.py"}
-_USAGE = {"onnx": ("hf", "onnx"), "safetensors": ("ours",), "orbax": ("ours",)}  # others: one of their name
+_USAGE = {  # others: one of their name
+    "hub": ("hub", "example"),
+    "hf": ("hf", "example"),
+    "onnx": ("hf", "example", "onnx"),
+    "safetensors": ("ours",),
+    "orbax": ("ours",),
+}
+_WEIGHTS = ("model.safetensors", "teacher_checkpoint.pth")  # files of the backbone, as written below
+_PAPERS = "mammodino_jax"  # key of terms and no_release in a safetensors file's metadata
 _LIBRARIES = {"hub": "pytorch", "timm": "timm", "hf": "transformers", "onnx": "transformers"}
 
 
@@ -66,6 +75,8 @@ def export(
         )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is not empty; give another --output")
+    if form == "onnx":
+        size = size or (encoder.vit.image_size, encoder.vit.image_size)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -73,7 +84,7 @@ def export(
         _write(encoder, form, partial, size)
         if heads:
             _write_heads(encoder, heads, partial)
-        _describe(encoder, form, partial, output.name, version, bool(heads))
+        _describe(encoder, form, partial, output.name, version, bool(heads), size)
         os.replace(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -97,21 +108,20 @@ def _write(encoder: Encoder, form: str, folder: Path, size: tuple[int, int] | No
         if has_registers(vit):  # also where their number is 0
             weights.setdefault("register_tokens", np.zeros((1, 0, vit.dim), np.float32))
         weights, config = to_hf(weights), config_json(vit)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, folder / "model.safetensors", metadata=_metadata(encoder))
     if config:
         (folder / "config.json").write_text(json.dumps(config, indent=1))
     if form == "onnx":
         from mammodino_jax.convert.onnx import write_onnx
 
-        height, width = size or (vit.image_size, vit.image_size)
-        worst = write_onnx(folder, height, width)
-        print(f"model.onnx at {height} x {width} px: features equal PyTorch's to {worst:.1e}")
+        worst = write_onnx(folder, *size)
+        print(f"model.onnx at {size[0]} x {size[1]} px: features equal PyTorch's to {worst:.1e}")
 
 
 def _write_heads(encoder: Encoder, heads: dict, folder: Path) -> None:
     """Heads for our own continuation, and everything as Meta's training writes and reads it."""
     named = {f"{head}.{name}": a for head, weights in heads.items() for name, a in weights.items()}
-    save_file(named, folder / "heads.safetensors", metadata={"format": "pt"})
+    save_file(named, folder / "heads.safetensors", metadata=_metadata(encoder))
     try:
         import torch
     except ImportError:
@@ -123,7 +133,13 @@ def _write_heads(encoder: Encoder, heads: dict, folder: Path) -> None:
     torch.save({"teacher": teacher, "model": backbone}, folder / "teacher_checkpoint.pth")
 
 
-def _describe(encoder: Encoder, form: str, folder: Path, name: str, version: str, heads: bool) -> None:
+def _metadata(encoder: Encoder) -> dict[str, str]:
+    """Of a safetensors file: what must not be lost where the file is copied without its folder."""
+    papers = {k: encoder.provenance[k] for k in ("terms", "no_release") if encoder.provenance.get(k)}
+    return {"format": "pt", _PAPERS: json.dumps(papers)}
+
+
+def _describe(encoder: Encoder, form: str, folder: Path, name: str, version: str, heads: bool, size) -> None:
     """What comes beside the weights; `name` is the folder's in the end."""
     vit, seen = encoder.vit, dict(encoder.provenance)
     if "sources" in seen:  # data sets have names, the paths to them are nobody's business
@@ -138,7 +154,7 @@ def _describe(encoder: Encoder, form: str, folder: Path, name: str, version: str
         "side": encoder.side,
         "made_for": encoder.made_for,
         "provenance": seen,
-    }
+    } | ({"onnx_size": list(size)} if size else {})
     (folder / "mammodino.json").write_text(json.dumps(about, indent=1))
     processor = {
         "image_processor_type": "BitImageProcessor",
@@ -156,10 +172,10 @@ def _describe(encoder: Encoder, form: str, folder: Path, name: str, version: str
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1))
     if form in _EXAMPLES:
         shutil.copy(_TEMPLATES / _EXAMPLES[form], folder / "example.py")
-    (folder / "README.md").write_text(_card(encoder, form, name, version, seen, heads))
+    (folder / "README.md").write_text(_card(encoder, form, name, version, seen, heads, size))
 
 
-def _card(encoder: Encoder, form: str, name: str, version: str, seen: dict, heads: bool) -> str:
+def _card(encoder: Encoder, form: str, name: str, version: str, seen: dict, heads: bool, size) -> str:
     vit, forbidding = encoder.vit, ", ".join(seen.get("no_release", []))
     facts = {
         "name": encoder.name,
@@ -175,13 +191,21 @@ def _card(encoder: Encoder, form: str, name: str, version: str, seen: dict, head
         "registers_too": " and registers" if vit.registers else "",
         "antialias": vit.pos_antialias,
         "offset": vit.pos_offset,
+        "onnx_size": " x ".join(map(str, size or ())),
     }
-    origin = f"Converted by mammodino_jax {version}; what it was trained on is not recorded."
+    origin, how = (
+        f"Converted by mammodino_jax {version}; what it was trained on is not recorded.",
+        "Converted",
+    )
+    crops = ""
     if seen.get("sources"):
         origin = (
             f"Pretrained with mammodino_jax {version}, an independent, unofficial implementation of "
             f"MammoDINO (arXiv 2510.11883), on: {'; '.join(' '.join(s) for s in seen['sources'])}."
         )
+        how, crops = "Started", f"its training crops had {encoder.long_side // SCALE} px, "
+    first, *others = seen.get("builds") or [{}]
+    differ = sorted({k for b in others for k in {*b, *first} if b.get(k) != first.get(k)})
     settings = {k: v for k, v in encoder.made_for.items() if v not in (None, "")}
     warning = f"**Private: not for release.** The terms of {forbidding} forbid publishing these weights.\n\n"
     parts = [*_USAGE.get(form, (form,)), *(["heads"] if heads else [])]
@@ -194,11 +218,13 @@ def _card(encoder: Encoder, form: str, name: str, version: str, seen: dict, head
         warning=warning if forbidding else "",
         origin=origin,
         terms="; ".join(f"{k}: {v}" for k, v in seen.get("terms", {}).items()) or "none recorded",
-        foreign="".join(f" Started from {name}, whose terms apply, too." for name in seen.get("foreign", [])),
+        foreign="".join(f" {how} from {name}, whose terms apply, too." for name in seen.get("foreign", [])),
         usage=usage.format(**facts, channels=vit.channels).rstrip() + _differing_positions(vit, form),
         settings=f"The build that it was made for: {', '.join(f'{k} {v}' for k, v in settings.items())}."
         if settings
         else "The build that it was made for is not recorded.",
+        differ=f" It was trained on builds that differ in {', '.join(differ)}." if differ else "",
+        crops=crops,
         long_side=encoder.long_side,
         channels="grey repeated to 3 channels" if vit.channels == 3 else "one channel",
         mean=", ".join(map(str, encoder.mean)),
@@ -227,19 +253,13 @@ def load(folder: Path) -> Encoder:
     Raises:
       UserError: it was not, or its weights do not fit its description.
     """
-    path = Path(folder) / "mammodino.json"
-    if not path.is_file():
+    if not (Path(folder) / "mammodino.json").is_file():
         raise UserError(
             f"{folder} has weights but no mammodino.json: not a folder that mammodino_jax exported; "
             f"give a Hugging Face folder as hf:{folder}"
         )
-    try:
-        about = json.loads(path.read_text())
-        vit, form, stats = ViTConfig(**about["vit"]), about["format"], (about["mean"], about["std"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is no description that this version can read ({error}): export again"
-        ) from None
+    about = _read_description(folder)
+    vit, form, stats = ViTConfig(**about["vit"]), about["format"], (about["mean"], about["std"])
     target = jax.eval_shape(functools.partial(init_params, vit, None, 0))
     if form == "orbax":
         params = checkpoint.load_params(Path(folder) / "params", target)
@@ -261,6 +281,49 @@ def load(folder: Path) -> Encoder:
     mean, std = map(tuple, stats)
     made_for, side = about.get("made_for", {}), about.get("side", 0)
     return Encoder(about["name"], vit, params, mean, std, about["provenance"], "export", made_for, side)
+
+
+def exported(path: Path) -> Path | None:
+    """The folder that `export` wrote, where `path` is it or its weights; None otherwise."""
+    folder = path if path.is_dir() else path.parent if path.name in _WEIGHTS else None
+    return folder if folder and (folder / "mammodino.json").is_file() else None
+
+
+def origin(path: Path) -> dict:
+    """Provenance of a weight file or folder, without reading the weights.
+
+    Returns:
+      That of the exported folder it lies in; else its name under "foreign", and the terms and no_release that
+      a safetensors file written by `export` carries.
+
+    Raises:
+      UserError: mammodino.json, or the file's head, is damaged.
+    """
+    seen = {"foreign": [(path.resolve() if path.is_dir() else path).name], "patients": [], "pixels": []}
+    folder = path if path.is_dir() else path.parent
+    if (folder / "mammodino.json").is_file():
+        return _read_description(folder)["provenance"] or seen
+    file = path / "model.safetensors" if path.is_dir() else path
+    if file.suffix == ".safetensors" and file.is_file():
+        try:
+            with safe_open(file, "np") as opened:
+                seen |= json.loads((opened.metadata() or {}).get(_PAPERS, "{}"))
+        except (SafetensorError, ValueError, TypeError) as error:
+            raise UserError(f"{file} is no readable safetensors file (cut off?): {error}") from None
+    return seen
+
+
+def _read_description(folder: Path) -> dict:
+    """mammodino.json of an exported folder."""
+    path = Path(folder) / "mammodino.json"
+    try:
+        about = json.loads(path.read_text())
+        ViTConfig(**about["vit"])
+        return {key: about[key] for key in ("name", "format", "mean", "std", "provenance")} | about
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is no description that this version can read ({error}): export again"
+        ) from None
 
 
 def _dotted(path) -> str:

@@ -3,6 +3,7 @@
 Everything is renamed to hub names first; shapes are then checked in one place, in PyTorch's layout.
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -40,24 +41,32 @@ def read(spec: str) -> Encoder:
 
     Args:
       spec: one of FOREIGN, a colon and a file; for `hf` and `biomedclip` a folder, too. Its
-        preprocessor_config.json or open_clip_config.json, where there is one, gives the input statistics.
+        preprocessor_config.json or open_clip_config.json, where there is one, gives the input statistics, and
+        config.json of `hf` the number of heads. What mammodino_jax.export wrote is read as an export,
+        whatever the kind: with its provenance, statistics and positions.
         `dbt-dino` takes its input unscaled; other checkpoints of Meta's training code are `hub`, and their
         heads the same file.
 
     Raises:
       UserError: nothing readable there, or no encoder in the names that the kind promises.
     """
+    from mammodino_jax.convert import folder, mammoclip
+
     kind, _, given = spec.partition(":")
     path = Path(given)
+    if ours := folder.exported(path):
+        return folder.load(ours)
     if kind == "mammoclip":
-        from mammodino_jax.convert import mammoclip
-
-        return mammoclip.read(path)
+        encoder = mammoclip.read(path)
+        return dataclasses.replace(encoder, provenance=folder.origin(path))
+    whole, heads = path, 0
     name = path.resolve().name if path.is_dir() else path.stem
     mean, std = STATISTICS.get(kind, (IMAGENET_MEAN, IMAGENET_STD))
     if kind in FOLDERS:
         described, *files = FOLDERS[kind]
-        mean, std = _statistics((path if path.is_dir() else path.parent) / described, mean, std)
+        beside = path if path.is_dir() else path.parent
+        mean, std = _statistics(beside / described, mean, std)
+        heads = _hf_heads(beside / "config.json") if kind == "hf" else 0
         if path.is_dir():
             path = next((path / f for f in files if (path / f).is_file()), path / files[0])
     named = tensors(path)
@@ -83,7 +92,7 @@ def read(spec: str) -> Encoder:
     if "mask_token" not in hub and "cls_token" in hub:
         logging.info("%s has no mask_token (hub's own files have): zeros, as at DINOv2's start", path)
         hub["mask_token"] = np.zeros((1, hub["cls_token"].shape[-1]), np.float32)
-    vit = _infer(path, kind, hub)
+    vit = _infer(path, kind, hub, heads)
     if not vit.registers:
         hub.pop("register_tokens", None)
     hint = f"; no ViT that we know: if its names are of another kind, give that ({', '.join(FOREIGN)})"
@@ -92,7 +101,7 @@ def read(spec: str) -> Encoder:
     preset = "dbt-dino" if kind == "dbt-dino" else "rad-dino" if kind == "hf" and rad else ""
     made, side = made_for(preset), vit.image_size if preset or kind == "biomedclip" else 0
     mean, std = mean[: vit.channels], std[: vit.channels]
-    return Encoder(name, vit, from_hub(hub), mean, std, kind=kind, made_for=made, side=side)
+    return Encoder(name, vit, from_hub(hub), mean, std, folder.origin(whole), kind, made, side)
 
 
 def made_for(preset: str) -> dict:
@@ -115,6 +124,24 @@ def _statistics(path: Path, mean: tuple, std: tuple) -> tuple[tuple[float, ...],
         return tuple(map(float, np.broadcast_to(mean, 3))), tuple(map(float, np.broadcast_to(std, 3)))
     except (ValueError, AttributeError, TypeError) as error:  # JSON's error is a ValueError
         raise UserError(f"{path} does not give the mean and std of three channels: {error}") from None
+
+
+def _hf_heads(path: Path) -> int:
+    """Attention heads by transformers' config.json; 0 where it does not say.
+
+    Raises:
+      UserError: it cannot be read, or describes a ViT that computes otherwise than ours.
+    """
+    if not path.is_file():
+        return 0
+    try:
+        about = json.loads(path.read_text())
+        for field, ours in (("layer_norm_eps", 1e-6), ("hidden_act", "gelu")):
+            if about.get(field, ours) != ours:
+                raise UserError(f"{path}: {field} is {about[field]}, expected {ours}: no DINOv2")
+        return int(about.get("num_attention_heads", 0))
+    except (ValueError, AttributeError, TypeError) as error:  # JSON's error is a ValueError
+        raise UserError(f"{path} is no config.json of transformers: {error}") from None
 
 
 def tensors(path: Path) -> dict[str, np.ndarray]:
@@ -195,8 +222,8 @@ def split(named: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
     return parts
 
 
-def _infer(path: Path, kind: str, hub: dict[str, np.ndarray]) -> ViTConfig:
-    """The shape that the backbone's own tensors say it has."""
+def _infer(path: Path, kind: str, hub: dict[str, np.ndarray], heads: int) -> ViTConfig:
+    """The shape that the backbone's own tensors say it has; `heads` they do not say, 0: of width 64."""
     gated = "blocks.0.mlp.w12.weight" in hub
     ndims = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
     ndims |= {f"blocks.0.mlp.{'w3' if gated else 'fc2'}.weight": 2}
@@ -209,9 +236,10 @@ def _infer(path: Path, kind: str, hub: dict[str, np.ndarray]) -> ViTConfig:
             )
     cls, pos, patch, ffn = (hub[name].shape for name in ndims)
     dim, grid = cls[2], math.isqrt(pos[1] - 1)
-    if dim % 64 or grid**2 != pos[1] - 1:
+    if dim % (heads or 64) or grid**2 != pos[1] - 1:
+        want = f"{heads} heads" if heads else "heads of 64"
         raise UserError(
-            f"{path}: cls_token is {cls}, pos_embed {pos}; expected heads of 64 and 1 + side^2 positions"
+            f"{path}: cls_token is {cls}, pos_embed {pos}; expected {want} and 1 + side^2 positions"
         )
     registers = hub["register_tokens"].size // dim if "register_tokens" in hub else 0
     # hf: where they are, be they 0, positions are antialiased
@@ -219,7 +247,7 @@ def _infer(path: Path, kind: str, hub: dict[str, np.ndarray]) -> ViTConfig:
     return ViTConfig(
         dim=dim,
         depth=1 + max(int(n.split(".")[1]) for n in hub if re.match(r"blocks\.\d+\.", n)),
-        heads=dim // 64,
+        heads=heads or dim // 64,
         mlp_ratio=round(1.5 * ffn[1] / dim) if gated else ffn[1] / dim,
         ffn="swiglu" if gated else "mlp",
         patch_size=patch[-1],

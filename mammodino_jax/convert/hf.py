@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 
+from mammodino_jax.errors import UserError
 from mammodino_jax.model.vit import ViTConfig
 
 _RENAMES = [  # hub name, Hugging Face name; {} is the block number
@@ -73,7 +74,15 @@ def has_registers(vit: ViTConfig) -> bool:
 
 
 def config_json(vit: ViTConfig) -> dict:
-    """config.json for `transformers.AutoModel.from_pretrained`."""
+    """config.json for `transformers.AutoModel.from_pretrained`.
+
+    Raises:
+      UserError: mlp_ratio is no whole number, as transformers wants it.
+    """
+    if vit.mlp_ratio % 1:
+        raise UserError(
+            f"transformers' DINOv2 has a whole mlp_ratio, not {vit.mlp_ratio:g}: take --format hub or timm"
+        )
     config = {
         "architectures": ["Dinov2WithRegistersModel" if has_registers(vit) else "Dinov2Model"],
         "model_type": "dinov2_with_registers" if has_registers(vit) else "dinov2",

@@ -20,7 +20,7 @@ def write_onnx(folder: Path, height: int, width: int) -> float:
       The largest difference between PyTorch's features and onnxruntime's, on random inputs.
 
     Raises:
-      UserError: a package is missing, the size is no multiple of the patch size, or features differ.
+      UserError: a package is missing or broken, the size no multiple of the patch size, or features differ.
     """
     try:
         import onnxruntime
@@ -31,7 +31,13 @@ def write_onnx(folder: Path, height: int, width: int) -> float:
         raise UserError(
             f"ONNX export needs {error.name}, which is not installed: pip install 'mammodino-jax[onnx]'"
         ) from None
-    model = AutoModel.from_pretrained(folder)
+    try:
+        model = AutoModel.from_pretrained(folder)
+    except (ImportError, RuntimeError) as error:  # it imports its models, and torchvision, only now
+        raise UserError(
+            f"transformers cannot build the model ({str(error).strip()[:200]}): often a torchvision that does"
+            " not belong to this torch; install the one that does, or uninstall torchvision"
+        ) from None
     patch, registers = model.config.patch_size, getattr(model.config, "num_register_tokens", 0)
     if height % patch or width % patch or min(height, width) <= 0:
         raise UserError(f"--size {height} {width} must be positive multiples of the patch size {patch}")

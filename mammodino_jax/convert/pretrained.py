@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 
 import jax
@@ -13,7 +12,7 @@ from mammodino_jax import checkpoint
 from mammodino_jax.augment import IMAGENET_MEAN, IMAGENET_STD
 from mammodino_jax.convert.foreign import check, split, tensors
 from mammodino_jax.convert.hub import from_hub, hub_shapes, to_hub
-from mammodino_jax.encoder import Encoder, load_encoder
+from mammodino_jax.encoder import Encoder, load_encoder, read_recipe
 from mammodino_jax.errors import UserError
 from mammodino_jax.model.head import HeadConfig, bind, init_params
 from mammodino_jax.model.vit import ViTConfig
@@ -30,9 +29,9 @@ def load_pretrained(
     """Parameters to start pretraining from, fitted to a recipe.
 
     Args:
-      spec: a training workdir (teacher of its newest checkpoint, with its heads), a folder that
-        mammodino_jax.export wrote, `hub:FILE` (backbone only), `timm:FILE`, `hf:DIR`, `biomedclip:DIR`
-        or `dbt-dino:FILE` (the teacher's backbone and heads), see convert.foreign.read.
+      spec: a training workdir (teacher of its newest checkpoint, with its heads) or a checkpoint of one, a
+        folder that mammodino_jax.export wrote, `hub:FILE` (backbone only), `timm:FILE`, `hf:DIR`,
+        `biomedclip:DIR` or `dbt-dino:FILE` (the teacher's backbone and heads), see convert.foreign.read.
       heads: "" or a file with a DINO head, which replaces those of `spec`.
       vit, head: the recipe's shapes.
       mean, std: the recipe's input statistics; the patch embedding is adapted where the weights have others.
@@ -48,7 +47,7 @@ def load_pretrained(
     if source.vit is None:
         raise UserError(f"{spec} is not a ViT: pretraining starts from a ViT's weights only")
     params = {"backbone": _fit(source, spec, vit, mean, std)}
-    found = split(tensors(Path(heads))) if heads else read_heads(spec)
+    found = split(tensors(Path(heads))) if heads else read_heads(spec, asked=False)
     if heads and "dino_head" not in found:
         raise UserError(f"{heads} has no DINO head (dino_head.mlp.0.weight and so on)")
     for name in ("dino_head", "ibot_head") if head.separate_ibot else ("dino_head",):
@@ -61,20 +60,24 @@ def load_pretrained(
     return params
 
 
-def read_heads(spec: str) -> dict[str, dict[str, np.ndarray]]:
+def read_heads(spec: str, asked: bool = True) -> dict[str, dict[str, np.ndarray]]:
     """Projection heads that come with an encoder.
 
     Args:
       spec: as in `load_pretrained`; a workdir's are its teacher's.
+      asked: False: not those of `hub` files and exported folders, which start pretraining bare.
 
     Returns:
       {"dino_head": {hub name: array}, "ibot_head": ...}, as far as there; {} where there are none.
     """
     kind, _, path = spec.partition(":")
-    if kind == "dbt-dino":
-        parts = split(tensors(Path(path)))
+    file = Path(path or spec)
+    if asked and file.is_dir():  # an exported folder, whatever the kind
+        file /= "heads.safetensors"
+    if kind == "dbt-dino" or (asked and file.is_file() and (kind == "hub" or not path)):
+        parts = split(tensors(file))
         return {name: weights for name, weights in parts.items() if name != "backbone"}
-    return _workdir_heads(Path(spec)) if (Path(spec) / "checkpoints").is_dir() else {}
+    return _workdir_heads(Path(spec)) if checkpoint.workdir_of(Path(spec)) else {}
 
 
 def merge(fresh: dict, loaded: dict) -> dict:
@@ -165,13 +168,11 @@ def with_channels(encoder: Encoder, channels: int) -> Encoder:
     return dataclasses.replace(encoder, vit=vit, params=params, mean=mean, std=std)
 
 
-def _workdir_heads(workdir: Path) -> dict[str, dict[str, np.ndarray]]:
-    from mammodino_jax.recipe import from_config
-
-    recipe = from_config(json.loads((workdir / "config.json").read_text()))
+def _workdir_heads(path: Path) -> dict[str, dict[str, np.ndarray]]:
+    recipe = read_recipe(checkpoint.workdir_of(path))
     heads = jax.eval_shape(functools.partial(init_params, recipe.model, recipe.head, 0))
     del heads["backbone"]
-    teacher = checkpoint.load(workdir, "state", {"teacher": heads})["teacher"]
+    teacher = checkpoint.load(path, "state", {"teacher": heads})["teacher"]
     return {name: to_hub(params) for name, params in teacher.items()}
 
 

@@ -58,6 +58,8 @@ def test_vision_transformers(tmp_path, maker, shape):
     assert (encoder.kind, encoder.long_side) == (kind, 98 if kind == "dbt-dino" else 196)
     assert (encoder.mean, encoder.std) == case.statistics
     assert encoder.made_for.get("preset") == ("dbt-dino" if kind == "dbt-dino" else None)
+    file = case.spec.partition(":")[2]
+    assert encoder.provenance == {"foreign": [file.rpartition("/")[2]], "patients": [], "pixels": []}
 
 
 def test_swiglu_rounds_its_width_as_meta_does(tmp_path):
@@ -84,6 +86,25 @@ def test_swiglu_converts_back_and_starts_a_recipe(tmp_path):
     assert load_pretrained(case.spec, "", encoder.vit, head).keys() == {"backbone"}
     with pytest.raises(UserError, match=r"--config\.model\.ffn=swiglu"):
         load_pretrained(case.spec, "", dataclasses.replace(encoder.vit, ffn="mlp"), head)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_hugging_face_says_how_many_heads(tmp_path, heads):
+    case = field.hugging_face(tmp_path, dataclasses.replace(TINY, heads=heads))  # not of width 64
+    assert case.error(70, 98) < 1e-4
+    assert load_encoder(case.spec).vit.heads == heads
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, message in (
+        ({"layer_norm_eps": 1e-12}, r"config\.json: layer_norm_eps is 1e-12, expected 1e-06"),
+        ({"hidden_act": "relu"}, r"hidden_act is relu, expected gelu"),
+        ({"num_attention_heads": 3}, "expected 3 heads"),
+        ({"num_attention_heads": "x"}, r"config\.json is no config\.json of transformers"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=message):
+            load_encoder(case.spec)
+    (tmp_path / "config.json").unlink()
+    assert load_encoder(case.spec).vit.heads == 2
 
 
 def test_rad_dino_is_known_by_its_statistics(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +30,14 @@ def test_heads_come_back_bit_exact(tmp_path, head):
     # Meta's: its training writes "teacher" and reads "model" (student.pretrained_weights)
     meta = str(out / "teacher_checkpoint.pth")
     same(load_pretrained(f"hub:{meta}", meta, vit, head), network)
+    # and they leave again, from the folder and from Meta's file alone; the backbone starts without them
+    (tmp_path / "meta.pth").write_bytes(Path(meta).read_bytes())
+    for i, spec in enumerate((str(out), f"hub:{out}", f"hub:{tmp_path / 'meta.pth'}")):
+        again = tmp_path / f"again{i}"
+        main(["--encoder", spec, "--format", "hub", "--heads", "--output", str(again)])
+        assert all((a == heads[n]).all() for n, a in load_file(again / "heads.safetensors").items())
+        assert load_file(again / "heads.safetensors").keys() == heads.keys()
+    assert load_pretrained(str(out), "", vit, head).keys() == {"backbone"}
     state = torch.load(out / "teacher_checkpoint.pth", weights_only=True)
     assert state.keys() == {"teacher", "model"} and state["teacher"].keys() == network.keys()
     assert {f"backbone.{name}" for name in state["model"]} | heads.keys() == network.keys()
@@ -63,7 +72,7 @@ def test_without_pytorch_heads_are_written_all_the_same(tmp_path, monkeypatch, c
 
 def test_an_encoder_without_heads_says_so(tmp_path):
     with pytest.raises(
-        UserError, match="random:nano has no projection heads; training workdirs and dbt-dino"
+        UserError, match=r"random:nano has no projection heads; training workdirs have, .*hub:FILE"
     ):
         main(["--encoder", "random:nano", "--format", "hub", "--heads", "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

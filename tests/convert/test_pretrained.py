@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 import sys
 
 import jax
@@ -219,6 +220,65 @@ def test_an_own_run_starts_another(tmp_path):
     same({"backbone": params["backbone"]}, {k: a for k, a in network.items() if k.startswith("backbone.")})
     with pytest.raises(UserError, match=r"--config\.head\.prototypes=32"):
         load_pretrained(str(tmp_path / "run"), "", vit, dataclasses.replace(HEAD, prototypes=64))
+
+
+def test_a_checkpoint_of_a_run_can_be_named(tmp_path):
+    run, builds = tmp_path / "run", [{"box": "tissue", "clahe": 2.0}, {"box": "full", "clahe": 2.0}]
+    vit, network = write_workdir(run, HEAD)
+    checkpoints = Checkpoints(run / "checkpoints")
+    newer = jax.tree.map(lambda a: jax.numpy.asarray(a + 1), from_hub(network))
+    checkpoints.save(8, {"step": jax.numpy.int32(8), "teacher": newer}, {"sources": [], "builds": builds})
+    checkpoints.close()
+    old, new = str(run / "checkpoints/7"), load_encoder(str(run))
+    same(load_pretrained(old, "", vit, HEAD), network)
+    assert (load_encoder(old).name, load_encoder(old).kind) == ("run-7", "workdir")
+    assert new.fingerprint == load_encoder(str(run / "checkpoints/8")).fingerprint
+    assert new.fingerprint != load_encoder(old).fingerprint
+    assert new.made_for == {"clahe": 2.0}  # what the builds share
+    with pytest.raises(UserError, match="checkpoints/9' is neither a folder"):
+        load_encoder(str(run / "checkpoints/9"))
+
+
+def test_the_long_side_follows_the_training_crops(tmp_path):
+    write_workdir(tmp_path / "run", HEAD)
+    edit_config(tmp_path / "run", "crops", global_size=56)
+    assert (load_encoder(str(tmp_path / "run")).long_side, load_encoder(str(tmp_path / "run")).vit.image_size) == (112, 98)  # fmt: skip
+
+
+def edit_config(run, section: str, **values) -> None:
+    config = json.loads((run / "config.json").read_text())
+    config[section].update(values)
+    (run / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda run: edit_config(run, "model", depth=1), r"checkpoints/7: mismatched architecture: .*blocks\.1\..* is \(128,\) there, but no array .*config\.json"),
+        (lambda run: edit_config(run, "model", depth=3), r"mismatched architecture: .*blocks\.2\..* is missing there, but \(128,\)"),
+        (lambda run: edit_config(run, "model", dim=64, heads=1), r"is \(128,\) there, but \(64,\)"),
+        (lambda run: (run / "config.json").unlink(), r"config\.json is not the configuration of a run"),
+        (lambda run: (run / "config.json").write_text('{"seed":'), r"config\.json is not the configuration"),
+        (lambda run: (run / "config.json").write_text("[]"), "config lacks seed"),
+        (lambda run: (run / "checkpoints/7/state/_METADATA").write_text("{"), "checkpoints/7 does not read as"),
+        (lambda run: [f.write_bytes(f.read_bytes()[:99]) for f in (run / "checkpoints/7/state/d").iterdir()], "checkpoints/7 does not read as a checkpoint"),
+        (lambda run: shutil.rmtree(run / "checkpoints/7/provenance"), "checkpoints/7 does not read as a checkpoint"),
+    ],
+)  # fmt: skip
+def test_a_workdir_that_is_damaged_is_named(tmp_path, damage, message):
+    write_workdir(tmp_path / "run", HEAD)
+    damage(tmp_path / "run")
+    with pytest.raises(UserError, match=message):
+        load_encoder(str(tmp_path / "run"))
+
+
+def test_heads_of_another_shape_than_the_config_are_named(tmp_path):
+    vit, _ = write_workdir(tmp_path / "run", HEAD)
+    edit_config(tmp_path / "run", "head", prototypes=64)
+    with pytest.raises(
+        UserError, match=r"mismatched architecture: teacher\.dino_head\.last_layer.* is \(32, 1\) there"
+    ):
+        load_pretrained(str(tmp_path / "run"), "", vit, HEAD)
 
 
 def test_a_missing_mask_token_is_zeros_and_said(tmp_path, caplog):
