@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mammodino_jax.encoder import FOREIGN
 from mammodino_jax.errors import UserError, run_command, suggest
 from mammodino_jax.evaluate.metrics import Scored, resample
 from mammodino_jax.evaluate.paired import delong, difference, holm, same_items
@@ -139,7 +140,8 @@ def find_reference(systems: dict[str, System], asked: str | None) -> str:
     encoders = [name for name, spec in specs.items() if spec is not None]
     if not encoders:
         raise UserError(f"there is no encoder to compare with; name one by --reference: {', '.join(systems)}")
-    return next((n for n in encoders if "dinov2" in f"{n} {specs[n]}".lower()), encoders[0])
+    theirs = [n for n in encoders if next(iter(systems[n].rows.values()))["kind"] in FOREIGN]
+    return next((n for n in theirs if "dinov2" in f"{n} {specs[n]}".lower()), encoders[0])
 
 
 def compare(runs: list[Run], probe: str, metric: str, asked: str | None) -> dict:

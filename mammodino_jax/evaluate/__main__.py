@@ -8,6 +8,7 @@ features, raw pixels, and the same architecture with random weights.
 """
 
 import argparse
+import functools
 import json
 import platform
 import shlex
@@ -41,11 +42,15 @@ def parse(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("--encoder", nargs="+", action="extend", required=True,
         help="workdir, export, hub:FILE, timm:FILE, hf:DIR, dbt-dino:FILE, biomedclip:DIR, mammoclip:FILE or "
-             "random:ARCH; the first is what paired tests compare with")  # fmt: skip
+             "random:ARCH")  # fmt: skip
     add("--data", nargs="+", type=Path, required=True, help="built data sets")
     add("--builds", nargs="+", type=Path, default=[], help="the same files built with the presets of other "
         "encoders, which then read those; with one of preset raw our encoders get a row on it")  # fmt: skip
-    add("--benchmark", required=True, help=", ".join(benchmarks.BENCHMARKS))
+    add(
+        "--benchmark",
+        required=True,
+        help=", ".join((*benchmarks.BENCHMARKS, "or labels: all that the data have")),
+    )
     add("--output", type=Path, required=True)
     add("--long-side", nargs="+", type=int, help="px of the images; several: a resolution sweep. Default: "
         "what the encoder is made for (twice its training crops for DINOv2 and ours)")  # fmt: skip
@@ -72,11 +77,17 @@ def parse(argv=None) -> argparse.Namespace:
     add(
         "--cache", type=Path, default=CACHE, help="features and scores of earlier runs (default: %(default)s)"
     )
+    add("--patches", type=Path, metavar="DIR", help="keep patch tokens here for other runs (4 MB an image "
+        "of ViT-B at 1036 px); default: not beyond a run")  # fmt: skip
     args = parser.parse_args(argv)
     if args.draws < 1000:
         raise UserError(f"--draws {args.draws} is too few for a 95 % interval; give 1000 or more")
     if args.repeats < 1:
         raise UserError(f"--repeats {args.repeats}: expected 1 or more")
+    if args.batch_size < 0 or ("finetune" in args.probes and args.batch_size and 32 % args.batch_size):
+        raise UserError(
+            f"--batch-size {args.batch_size}: expected a number above 0, a part of 32 for finetune"
+        )
     args.probes = tuple(args.probes.split(","))
     for name in args.probes:
         if name not in PROBES:
@@ -132,26 +143,34 @@ def _made(folder: Path) -> Path:
 def main(argv=None) -> None:
     args = parse(argv)
     benchmark = benchmarks.find(args.benchmark)
-    if args.dense and not benchmark.dense:
+    if args.dense and benchmark and not benchmark.dense:
         raise UserError(f"--dense: the findings of {benchmark.title} have no places; leave it out")
     rows = read_rows(args.data)
+    benchmark = benchmark or benchmarks.find(args.benchmark, rows)
     probes.check_patients(rows.columns["patient_id"], rows.columns["split"])
     args.folds = benchmark.folds if args.folds is None else args.folds
+    if args.repeats > 1 and not args.folds:
+        raise UserError("--repeats is of a cross-validation; give --folds too, or leave it out")
     questions, absent = ask(benchmark, rows, args.folds, args.repeats, args.seed)
     tested = np.any([q.tested() for q in questions], axis=0)
     with tempfile.TemporaryDirectory(prefix="patches-", dir=_made(args.cache)) as memory:
-        kept = args.dense and len(rows) <= REMEMBERED
-        entries = plan(args, rows, tested, Path(memory) if kept else None)
-        features = {e.name: e.features(args.cache, args.tiles) for e in entries if e.extractor}
+        runs = 2 * len(args.encoder) * len(args.long_side or [0])
+        kept = (args.dense or "attentive" in args.probes) and len(rows) * runs <= REMEMBERED
+        entries = plan(args, rows, tested, args.patches or (Path(memory) if kept else None))
+        for entry in entries:
+            if entry.extractor:
+                entry.features(args.cache, args.tiles)  # into the cache: in memory one at a time
         results, scored = facts(args, rows, benchmark, absent, entries), []
         if args.dense:
             results["dense"] = extras.dense_probe(args, entries)
-    results["tasks"] = []
-    for question in questions:
-        task, found = answer(question, entries, features, args, benchmark.breakdown)
-        results["tasks"].append(task)
-        scored += [(task["task"], *of_entry) for of_entry in found]
+        results["tasks"] = []
+        for question in questions:
+            read = functools.partial(Entry.features, cache=args.cache, tiles=args.tiles)
+            task, found = answer(question, entries, read, args, benchmark.breakdown)
+            results["tasks"].append(task)
+            scored += [(task["task"], *of_entry) for of_entry in found]
     if args.shortcuts:
+        features = {e.name: e.features(args.cache, args.tiles) for e in entries if e.extractor}
         results |= extras.shortcut_probes(args, entries, features)
     if args.long_side and len(args.long_side) > 1:
         results["sweep"] = extras.sweep(results["tasks"])

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from mammodino_jax.evaluate.features import patch_grids
 from mammodino_jax.evaluate.items import Items, Rows, units
+from mammodino_jax.evaluate.probes import at_prevalence
 
 SIDE = 16  # cells on a side of an image's grid
 IMAGES = 4  # of an item at most: those of a standard exam
@@ -211,7 +212,8 @@ def attentive(x, label_n, fold, classes: int, seed: int = 0):
     number, g, params = best
     prob = probabilities(params, fold.test)[g]
     settings = {"learning_rate": CANDIDATES[g][0], "weight_decay": CANDIDATES[g][1]}
-    return np.where(balance > 0, prob, np.nan), prob.argmax(axis=1), settings | {"updates": number * length}
+    score = np.where(balance > 0, at_prevalence(prob, label_n[fold.train]), np.nan)
+    return score, prob.argmax(axis=1), settings | {"updates": number * length}
 
 
 def _batches(places, size: int, rng):

@@ -22,7 +22,6 @@ class Task:
       label: index column label_<label>.
       kinds: the records that it is asked of.
       level: what an item is: "image" (a tomosynthesis volume counts as one), "breast" or "exam".
-      primary: the metric that the table shows beside the AUC.
       where: {index column: the values that an item may have}; label columns have whole numbers.
       note: what a reader must know of this task alone.
     """
@@ -31,7 +30,6 @@ class Task:
     label: str
     kinds: tuple[str, ...] = ("2d",)
     level: str = "image"
-    primary: str = "auc"
     where: Mapping[str, tuple] = dataclasses.field(default_factory=dict, hash=False)
     note: str = ""
 
@@ -90,7 +88,7 @@ BENCHMARKS = {
         "probe would score by telling the sites apart. Lesions have neither type nor place here; the "
         "breakdown of cancers is by invasiveness. No official split: 5 folds by patient.",
         tasks=(
-            Task("cancer", "cancer_biopsy", level="breast", primary="pf1"),
+            Task("cancer", "cancer_biopsy", level="breast"),
             Task(
                 "cancer, single images",
                 "cancer_biopsy",
@@ -216,12 +214,52 @@ BENCHMARKS = {
 }
 
 
-def find(name: str) -> Benchmark:
-    """The benchmark called `name`. Raises UserError, with a suggestion, where there is none."""
-    if name not in BENCHMARKS:
-        known = ", ".join(BENCHMARKS)
-        raise UserError(f'unknown benchmark "{name}".{suggest(name, BENCHMARKS)} Known: {known}')
-    return BENCHMARKS[name]
+LABELS = "labels"  # the benchmark of any data set: every label of it, and of each kind of image
+
+
+def find(name: str, rows=None) -> Benchmark:
+    """The benchmark called `name`; `labels` is made of the labels of `rows` (items.Rows).
+
+    Raises:
+      UserError: there is none of that name (with a suggestion), or the data have no labels.
+    """
+    if name == LABELS and rows is not None:
+        return _of_labels(rows)
+    if name not in (*BENCHMARKS, LABELS):
+        known = ", ".join((*BENCHMARKS, LABELS))
+        close = suggest(name, (*BENCHMARKS, LABELS))
+        raise UserError(f'unknown benchmark "{name}".{close} Known: {known}')
+    return BENCHMARKS.get(name)
+
+
+def _of_labels(rows) -> Benchmark:
+    tasks = []
+    for label, value in rows.labels.items():
+        kinds = sorted({kind for kind in rows.columns["kind"][value >= 0] if kind})
+        for kind in kinds:
+            known = np.unique(value[(rows.columns["kind"] == kind) & (value >= 0)])
+            if len(known) > 1:
+                name = f"{label}, {kind}" if len(kinds) > 1 else label
+                tasks.append(Task(name, label, (kind,), rows.levels.get(label, "image")))
+    if not tasks:
+        raise UserError("no label of the data has two known values; give label_<name> columns in labels.csv")
+    return Benchmark(
+        title="All labels of the data",
+        note="What a label means is in labels.json of the data. Splits are those of the build; --folds 5 "
+        "cross-validates small data sets.",
+        tasks=tuple(tasks),
+        breakdown=(
+            "site",
+            "manufacturer",
+            "model",
+            "view",
+            "density",
+            "implant",
+            "lesion_size",
+            "resolution",
+        ),
+        dense=True,
+    )
 
 
 def asked_of(task: Task, rows, items) -> np.ndarray:

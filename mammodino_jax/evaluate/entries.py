@@ -58,7 +58,9 @@ class Entry:
 
 
 def plan(args, rows: Rows, tested: np.ndarray, memory: Path | None = None) -> list[Entry]:
-    """The rows of the table, baselines first; these read what the first encoder reads.
+    """The rows of the table, baselines before the first encoder.
+
+    Baselines read the first build that has a tissue mask, which is what most of them are about.
 
     Args:
       args: of the command line: encoder, builds, long_side, batch_size, seed, transductive,
@@ -75,39 +77,52 @@ def plan(args, rows: Rows, tested: np.ndarray, memory: Path | None = None) -> li
         return Remembered(encoder, memory) if memory else encoder
 
     builds = _builds(args.builds, rows)
-    entries, architectures = [Entry("majority class", rows)], set()
+    masked = [c for c in (rows, *builds) if all(_settings(f).get("mask") != "none" for f in c.folders)]
+    unmasked = () if masked else ("no build with a tissue mask: the outline is the frame's",)
+    entries, architectures = [Entry("majority class", rows)], []
     for spec in args.encoder:
         encoder = load_encoder(spec)
         seen = seen_in_pretraining(encoder, rows, tested, args.transductive)
         remarks = [r for r in (_layout(encoder), seen) if r]
         mine, foreign = _read_from(encoder, rows, builds, args.foreign_preprocessing)
         runs = [(encoder.name, encoder, mine, [*remarks, *([foreign] if foreign else [])])]
-        if encoder.kind in ("workdir", "export") and "raw" in builds and builds["raw"] is not mine:
-            runs.append(
-                (f"{encoder.name} on raw", encoder, builds["raw"], [*remarks, "foreign preprocessing: raw"])
-            )
-        for side in args.long_side or [encoder.long_side]:
-            at = f" @ {side}" if len(args.long_side or ()) > 1 else ""
+        raw = next((b for b in builds if _settings(b.folders[0]).get("preset") == "raw"), None)
+        if encoder.kind in ("workdir", "export") and raw is not None and raw is not mine:
+            said = [*remarks, "foreign preprocessing: raw"]
+            runs.append((f"{encoder.name} on raw", encoder, raw, said))
+        shape = encoder.vit or type(encoder).__name__ + str(encoder.dim)
+        if encoder.kind != "random" and shape not in architectures:
+            architectures.append(shape)
+            number = f" {len(architectures)}" if len(architectures) > 1 else ""
+            runs.insert(0, (f"random init{number}", untrained(encoder, args.seed), mine, []))
+        for asked in args.long_side or [encoder.long_side]:
+            at = f" @ {asked}" if len(args.long_side or ()) > 1 else ""
+            side = asked
+            if encoder.vit:
+                side = max(1, round(asked / encoder.patch_size)) * encoder.patch_size
             if not any(e.name == f"hand-made{at}" for e in entries):
                 for name in BASELINES:
                     read = extractor(name, encoder.patch_size)
-                    entries.append(Entry(name + at, mine, "baseline", read, side))
-            trained = encoder.vit and encoder.kind != "random"
-            if trained and (encoder.vit, side) not in architectures:
-                architectures.add((encoder.vit, side))
-                number = len({vit for vit, _ in architectures})
-                name = "random init" if number == 1 else f"random init {number}"
-                blank = remember(untrained(encoder, args.seed))
-                read = encoder_extractor(blank, args.batch_size)
-                entries.append(Entry(name + at, mine, "random", read, side, blank))
+                    entries.append(
+                        Entry(name + at, (masked or [rows])[0], "baseline", read, side, remarks=unmasked)
+                    )
             for name, loaded, build, said in runs:
                 name += at
                 while name in {entry.name for entry in entries}:
                     name += "'"
                 loaded = remember(loaded)
                 read = encoder_extractor(loaded, args.batch_size)
-                entries.append(Entry(name, build, loaded.kind, read, side, loaded, spec, tuple(said)))
+                said = (*said, *_size_remarks(build, asked, side))
+                of = None if name.startswith("random init") else spec
+                entries.append(Entry(name, build, loaded.kind, read, side, loaded, of, said))
     return entries
+
+
+def _size_remarks(rows: Rows, asked: int, side: int) -> list[str]:
+    """What to say of a long side that is not the one asked for, or finer than the records."""
+    there = np.median(np.maximum(rows.columns["height"], rows.columns["width"]))
+    said = [f"{asked} px is no multiple of its patch size"] if side != asked else []
+    return said + ([f"upsampled: records have {there:.0f} px"] if side > 1.1 * there else [])
 
 
 def seen_in_pretraining(encoder, rows: Rows, tested: np.ndarray, transductive: bool) -> str:
@@ -143,14 +158,14 @@ def _layout(encoder) -> str:
     return "layout tested on random weights only"
 
 
-def _builds(folders, rows: Rows) -> dict[str, Rows]:
-    """{preset: its records}, in the order of `rows`, of further builds of the same files."""
-    by_preset: dict[str, list[Path]] = {}
+def _builds(folders, rows: Rows) -> list[Rows]:
+    """Records of further builds, in the order of `rows`; builds of equal settings together."""
+    alike: dict[str, list[Path]] = {}
     for folder in folders:
-        by_preset.setdefault(_settings(folder).get("preset", "mammodino"), []).append(folder)
-    out = {}
-    for preset, of in by_preset.items():
-        found = read_rows(of)
+        alike.setdefault(repr([_settings(folder).get(field) for field in PIXELS]), []).append(folder)
+    out = []
+    for of in alike.values():
+        found = read_rows(of, everything=True)  # --data decides what is left out
         place = {image: i for i, image in enumerate(found.columns["image_id"])}
         missing = [image for image in rows.columns["image_id"] if image not in place]
         if missing:
@@ -158,7 +173,7 @@ def _builds(folders, rows: Rows) -> dict[str, Rows]:
                 f"--builds {' '.join(map(str, of))}: {len(missing)} of the {len(rows)} records of --data are "
                 "not there; build the same files with the same --key and --dataset"
             )
-        out[preset] = found.take(np.array([place[image] for image in rows.columns["image_id"]]))
+        out.append(found.take(np.array([place[image] for image in rows.columns["image_id"]])))
     return out
 
 
@@ -176,7 +191,7 @@ def mismatch(made_for: dict, settings: dict) -> list[str]:
     ]
 
 
-def _read_from(encoder, rows: Rows, builds: dict[str, Rows], foreign: bool) -> tuple[Rows, str]:
+def _read_from(encoder, rows: Rows, builds: list[Rows], foreign: bool) -> tuple[Rows, str]:
     """The build that an encoder reads: that of --data, or the one of --builds that it was made for.
 
     Raises:
@@ -184,7 +199,7 @@ def _read_from(encoder, rows: Rows, builds: dict[str, Rows], foreign: bool) -> t
     """
     if not encoder.made_for:
         return rows, ""
-    for candidate in (rows, *builds.values()):
+    for candidate in (rows, *builds):
         differ = [d for folder in candidate.folders for d in mismatch(encoder.made_for, _settings(folder))]
         if not differ:
             return candidate, ""

@@ -20,6 +20,7 @@ from mammodino_jax.evaluate.items import Items, Rows, units
 
 ATTENTION_BYTES = 1e9  # of one layer's attention matrix, float32, on each device
 BATCH = 16  # images a device at most
+CPU_TOKENS = 1500  # on a device at once where more are no faster: the last batch of a canvas is half empty
 REMEMBERED = 2000  # records at most whose patch tokens are kept during a run: 9 GB of ViT-B's at 1036 px
 CACHE_VERSION = 1  # raised where the same settings give other features
 
@@ -67,8 +68,13 @@ def batches_of(encoder, batch_size: int = 0) -> Callable[[int], int]:
     import jax
 
     devices, heads = len(jax.local_devices()), encoder.vit.heads if encoder.vit else 1
-    fit = lambda tokens: int(ATTENTION_BYTES / (4 * heads * tokens**2))  # noqa: E731
-    return lambda tokens: batch_size or devices * min(max(fit(tokens), 1), BATCH)
+    tokens_at_once = CPU_TOKENS if jax.default_backend() == "cpu" else math.inf
+
+    def fitting(tokens: int) -> int:
+        most = min(ATTENTION_BYTES / (4 * heads * tokens**2), tokens_at_once / tokens, BATCH)
+        return batch_size or devices * max(int(most), 1)
+
+    return fitting
 
 
 class Remembered:
@@ -106,10 +112,23 @@ class Remembered:
 
 def untrained(encoder, seed: int = 0):
     """The same architecture and normalisation with random weights."""
-    from mammodino_jax.model.head import init_params
+    if encoder.vit:
+        from mammodino_jax.model.head import init_params
 
-    params = init_params(encoder.vit, None, seed)
+        params = init_params(encoder.vit, None, seed)
+    else:  # convolutions: He's normal kernels, no bias
+        rng = np.random.default_rng(seed)
+        params = _fresh(encoder.params, rng)
     return dataclasses.replace(encoder, name="random init", kind="random", params=params, provenance={})
+
+
+def _fresh(node, rng: np.random.Generator):
+    """Nested parameters of convolutions, drawn anew."""
+    if isinstance(node, dict):
+        return {name: _fresh(child, rng) for name, child in node.items()}
+    if node.ndim == 1:
+        return np.zeros_like(node)
+    return rng.normal(0, math.sqrt(2 / math.prod(node.shape[:-1])), node.shape).astype(np.float32)
 
 
 def record_features(
@@ -175,16 +194,16 @@ def _extract(
     batches = make_eval_batches(
         read, shapes, long_side=side, patch=extractor.patch, batch_size=extractor.batch_size
     )
-    total, weight = {}, np.zeros(len(rows))
+    total, weight = {}, np.zeros(len(rows), np.float32)
     with tqdm(total=len(owner), desc=f"{name} at {long_side} px", unit="image") as bar:
         for batch in batches:
             kept = batch["place"] >= 0
             of = owner[batch["place"]]
             found = extractor.function(batch["image"], batch["size"], batch["tissue"], mm[of])
-            share = batch["tissue"].astype(np.float64).sum(axis=(1, 2)) + 1e-6 if tiles else np.ones(len(of))
+            share = batch["tissue"].astype(np.float32).sum(axis=(1, 2)) + 1e-6 if tiles else np.ones(len(of))
             np.add.at(weight, of[kept], share[kept])
             for part, x in found.items():
-                total.setdefault(part, np.zeros((len(rows), x.shape[1])))
+                total.setdefault(part, np.zeros((len(rows), x.shape[1]), np.float32))
                 np.add.at(total[part], of[kept], (x * share[:, None])[kept])
             bar.update(int(kept.sum()))
     return {part: (x / weight[:, None]).astype(np.float32) for part, x in total.items()}

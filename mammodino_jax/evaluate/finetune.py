@@ -24,6 +24,7 @@ from mammodino_jax.data.eval import check_long_side, fitted
 from mammodino_jax.errors import UserError
 from mammodino_jax.evaluate.attentive import NOTHING, balanced_log_loss, class_weights, untrainable
 from mammodino_jax.evaluate.items import Items, Rows
+from mammodino_jax.evaluate.probes import at_prevalence
 from mammodino_jax.model.head import bind
 from mammodino_jax.model.vit import ViTConfig, own_grids
 from mammodino_jax.optimizer import OptimConfig, adam, adamw_update, clip_by_module
@@ -289,4 +290,5 @@ def finetune(
         )
     prob = probabilities(best[1], fold.test, "test")
     settings = {"epoch": best[0], "validation_loss": float(best_loss)} | dataclasses.asdict(c)
-    return np.where(balance > 0, prob, np.nan), prob.argmax(axis=1), settings
+    score = np.where(balance > 0, at_prevalence(prob, label_n[fold.train]), np.nan)
+    return score, prob.argmax(axis=1), settings

@@ -30,7 +30,8 @@ class Rows:
       source, place: i64 [r], the record's folder, and its row in the index of that.
       columns: every other column of the index, [r]: text as objects (None: unknown), numbers as f64 (NaN).
       labels: {name without label_: i64 [r], -1 where unknown}.
-      class_names: {name without label_: names of its values}, as far as labels.json of a folder has them.
+      class_names, levels: {name without label_: names of its values; "image", "breast" or "exam"}, as far as
+        labels.json of a folder has them.
       left_out: how many records are duplicates or flagged.
     """
 
@@ -40,6 +41,7 @@ class Rows:
     columns: dict[str, np.ndarray]
     labels: dict[str, np.ndarray]
     class_names: dict[str, list[str]]
+    levels: dict[str, str]
     left_out: int
 
     def __len__(self) -> int:
@@ -71,22 +73,24 @@ class Rows:
         )  # fmt: skip
 
 
-def read_rows(folders: Sequence[Path]) -> Rows:
-    """Read the indices of built data sets.
+def read_rows(folders: Sequence[Path], everything: bool = False) -> Rows:
+    """Read the indices of built data sets; `everything`: duplicates and flagged records too.
 
     Raises:
       UserError: a folder is no built data set, or nothing is left to evaluate.
     """
-    folders, tables, class_names, left_out = tuple(map(Path, folders)), [], {}, 0
+    folders, tables, class_names, levels, left_out = tuple(map(Path, folders)), [], {}, {}, 0
     excluded = set(DataConfig().exclude_flags)
     for number, folder in enumerate(folders):
         records.read_prep(folder)
         described = folder / "labels.json"
         for name, label in json.loads(described.read_text()).items() if described.is_file() else ():
             class_names[name.removeprefix("label_")] = label.get("classes", [])
+            levels[name.removeprefix("label_")] = label.get("level", "image")
         table = pq.read_table(folder / "index.parquet")
         flagged = [bool(excluded & set(flags or ())) for flags in table["flags"].to_pylist()]
         kept = table["duplicate_of"].is_null().to_numpy() & ~np.array(flagged, bool)
+        kept |= everything
         left_out += len(table) - int(kept.sum())
         table = table.append_column("place", pa.array(np.arange(len(table))))
         table = table.append_column("source", pa.array(np.full(len(table), number)))
@@ -106,7 +110,7 @@ def read_rows(folders: Sequence[Path]) -> Rows:
         else:
             columns[name] = np.array([*column.to_pylist(), None], object)[:-1]  # lists stay objects
     source, place = (columns.pop(name).astype(np.int64) for name in ("source", "place"))
-    return Rows(folders, source, place, columns, labels, class_names, left_out)
+    return Rows(folders, source, place, columns, labels, class_names, levels, left_out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +139,12 @@ class Items:
     @property
     def kind(self) -> np.ndarray:
         return self.rows.columns["kind"][self.first]
+
+    def take(self, chosen: np.ndarray) -> "Items":
+        """The items at `chosen` places, in that order; records of others are of none."""
+        place = np.full(len(self.first) + 1, -1)  # the last: of no item
+        place[chosen] = np.arange(len(chosen))
+        return Items(self.rows, place[self.item], self.first[chosen], self.id[chosen])
 
     def label(self, name: str) -> np.ndarray:
         """i64 [n]: the highest known label of an item's records; -1: none is known."""

@@ -110,25 +110,13 @@ def balanced_accuracy(label_n, predicted_n, weights_Wn=None) -> np.ndarray:
     return np.mean([_ratio(weights_Wn @ (c & hit_n), weights_Wn @ c) for c in of_class], axis=0)
 
 
-def quadratic_kappa(label_n, predicted_n, weights_Wn=None) -> np.ndarray:
-    """Cohen's kappa with quadratic weights, for ordered classes: [W].
-
-    1 - mean((label - predicted)^2) / its mean were the two independent; NaN where both are constant.
-    """
-    a, b = np.asarray(label_n, float), np.asarray(predicted_n, float)
-    weights_Wn = _weights(weights_Wn, len(a))
-    n = weights_Wn.sum(axis=1)
-    observed, squares, mean_a, mean_b = (_ratio(weights_Wn @ v, n) for v in ((a - b) ** 2, a**2 + b**2, a, b))
-    return 1 - _ratio(observed, squares - 2 * mean_a * mean_b)
-
-
 RANKED = {
     "auc": auc,
     "average_precision": average_precision,
     "sensitivity_at_90_specificity": sensitivity_at_90_specificity,
     "pf1": pf1,
 }
-DECIDED = {"balanced_accuracy": balanced_accuracy, "quadratic_kappa": quadratic_kappa}
+DECIDED = {"balanced_accuracy": balanced_accuracy}
 BINARY = ("sensitivity_at_90_specificity", "pf1")
 METRICS = ("auc", "average_precision", "balanced_accuracy", *BINARY)
 

@@ -21,7 +21,9 @@ NEIGHBOURS = 20  # DINO's k-NN: k = 20, temperature 0.07 (Caron et al. 2021); no
 TEMPERATURE = 0.07
 STRENGTHS = tuple(float(c) for c in np.logspace(-5, 2, 8))  # C = 1 / L2 of the linear probe
 SHARES = (0.01, 0.05, 0.1, 1.0)  # of the patients with labels, in few-label curves
-CACHE_VERSION = 1  # raised where the same features and settings give other scores
+DRAWS = 5  # of the patients of a share, where the folds have no repeats
+CHUNK = 1024  # test items whose neighbours are looked for at once
+CACHE_VERSION = 2  # raised where the same features and settings give other scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +130,12 @@ def knn(x_nD, label_n, fold: Fold, classes: int, seed: int = 0):
     x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     y = label_n[fold.train]
     k = min(NEIGHBOURS, len(y))
-    cosine = x[fold.test] @ x[fold.train].T
-    nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
-    vote = np.exp((np.take_along_axis(cosine, nearest, axis=1) - 1) / TEMPERATURE)
+    nearest, vote = [], []
+    for first in range(0, len(fold.test), CHUNK):
+        cosine = x[fold.test[first : first + CHUNK]] @ x[fold.train].T
+        nearest.append(np.argsort(-cosine, axis=1, kind="stable")[:, :k])
+        vote.append(np.exp((np.take_along_axis(cosine, nearest[-1], axis=1) - 1) / TEMPERATURE))
+    nearest, vote = np.concatenate(nearest), np.concatenate(vote)
     score = np.stack([(vote * (y[nearest] == c)).sum(axis=1) for c in range(classes)], axis=1)
     score /= score.sum(axis=1, keepdims=True)
     frequency = np.bincount(y, minlength=classes)
@@ -162,7 +167,19 @@ def linear(x_nD, label_n, fold: Fold, classes: int, seed: int = 0):
         if loss < best[0]:
             best = (loss, strength, model)
     score[:, present] = best[2].predict_proba(x[fold.test])
-    return score, present[score[:, present].argmax(axis=1)], {"C": best[1]}
+    predicted = present[score[:, present].argmax(axis=1)]
+    return at_prevalence(score, y), predicted, {"C": best[1]}
+
+
+def at_prevalence(score_nC: np.ndarray, label) -> np.ndarray:
+    """Probabilities of two classes that counted equally in training, at the classes' shares among `label`.
+
+    Ranks stay; probabilistic F1 means something. With more classes ranks would change: left as they are.
+    """
+    if score_nC.shape[1] != 2:
+        return score_nC
+    odds = score_nC * np.bincount(label, minlength=2)
+    return odds / np.maximum(odds.sum(axis=1, keepdims=True), 1e-300)
 
 
 def _balanced_log_loss(model, x_nD, label_n) -> float:

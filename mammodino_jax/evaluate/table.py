@@ -15,7 +15,6 @@ TITLES = {
     "balanced_accuracy": "balanced accuracy",
     "sensitivity_at_90_specificity": "sensitivity at 90 % specificity",
     "pf1": "pF1",
-    "quadratic_kappa": "quadratic-weighted kappa",
 }
 BESIDE = METRICS[1:]  # without intervals, for want of room
 HEAD = ["features", "probe", "input", "AUC [95 %]", *(TITLES[name] for name in BESIDE), ""]

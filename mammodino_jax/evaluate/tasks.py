@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import numpy as np
 from absl import logging
@@ -96,12 +97,12 @@ def item_features(question: Question, entry, features: dict, parts: tuple[str, .
 
 
 def answer(
-    question: Question, entries: list, features: dict, args, breakdown: tuple[str, ...]
+    question: Question, entries: list, features: Callable, args, breakdown: tuple[str, ...]
 ) -> tuple[dict, list]:
     """Probe all entries on one task.
 
     Args:
-      features: {entry name: {part: f32 [r, F]}}.
+      features: entry to {part: f32 [r, F]}.
       args: of the command line: probes, features, aggregate, few_labels, draws, seed, cache.
 
     Returns:
@@ -110,16 +111,19 @@ def answer(
     task, items, folds = question.task, question.items, question.folds
     rows, scored, few_label = [], [], {}
     for entry in entries:
-        for name in applicable(entry, args.probes):
+        suited = applicable(entry, args.probes)
+        shown = "linear" if "linear" in suited else suited[-1] if suited else ""  # has the breakdown
+        for name in suited:
             reader = _reader(question, entry, name, features, args)
+            whole = name in ("attentive", "finetune")
             tested, chosen = _run(question, reader, folds, args)
             scored.append((entry.name, name, tested))
             metrics = summarise(tested, args.draws, args.seed)
-            groups = breakdown if entry.spec and name == args.probes[-1] else ()
+            groups = breakdown if entry.spec and name == shown else ()
             rows.append({
                 "features": entry.name, "encoder": entry.spec, "kind": entry.kind, "probe": name,
                 "long_side": entry.long_side, "mm_per_px": entry.mm(question.tested()),
-                "aggregate": args.aggregate, "metrics": metrics,
+                "aggregate": None if whole else args.aggregate, "metrics": metrics,
                 "not_computed": metrics["auc"]["not_computed"], "chosen": chosen,
                 "remarks": list(entry.remarks),
                 "breakdown": cut(
@@ -133,7 +137,7 @@ def answer(
     counts = np.bincount(question.label[test], minlength=len(question.classes)).tolist()
     facts = {
         "task": task.name, "label": task.label, "kinds": task.kinds, "level": task.level,
-        "primary": task.primary, "note": task.note, "classes": question.classes.tolist(),
+        "note": task.note, "classes": question.classes.tolist(),
         "folds": sum(f.repeat == 0 for f in folds), "repeats": 1 + max(f.repeat for f in folds),
         "train_items": int(np.mean([len(f.train) for f in folds])),
         "test_items": len(test), "test_patients": len(np.unique(question.patient[test])),
@@ -154,12 +158,12 @@ def applicable(entry, asked: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in asked if name in allowed)
 
 
-def _reader(question: Question, entry, name: str, features: dict, args) -> tuple:
+def _reader(question: Question, entry, name: str, features: Callable, args) -> tuple:
     """A probe, what it reads, and what stands for that in the cache ("": the features themselves)."""
     if name == "none":
         return probes.majority, None, "none"
     if name in probes.PROBES:
-        x = item_features(question, entry, features[entry.name], args.parts, args.aggregate)
+        x = item_features(question, entry, features(entry), args.parts, args.aggregate)
         return probes.PROBES[name], x, ""
     from mammodino_jax.evaluate import attentive, finetune  # late: they import jax
 
@@ -171,13 +175,14 @@ def _reader(question: Question, entry, name: str, features: dict, args) -> tuple
 
     @functools.cache
     def cells():
-        *found, left_out = attentive.item_cells(rows, items, encoder, side, batch_size=args.batch_size)
+        asked = items.take(question.chosen)
+        *found, left_out = attentive.item_cells(rows, asked, encoder, side, batch_size=args.batch_size)
         if left_out:
             logging.warning(
                 "%s: %d images beyond the first %d of a %s are not read by the attentive probe",
                 question.task.name, left_out, attentive.IMAGES, question.task.level,
             )  # fmt: skip
-        return tuple(part[question.chosen] for part in found)
+        return tuple(found)
 
     def on_cells(x, *rest):
         return attentive.attentive(x(), *rest)
@@ -206,12 +211,20 @@ def _run(question: Question, reader: tuple, folds, args):
 
 def _few_labels(question: Question, reader: tuple, args) -> list[dict]:
     """AUC with labels of a share of the patients that train and choose."""
-    curve = []
+    curve, repeated = [], any(f.repeat for f in question.folds)
     for share in probes.SHARES:
-        folds = [probes.few(f, question.label, question.patient, share, args.seed) for f in question.folds]
+        draws = 1 if repeated or share >= 1 else probes.DRAWS
+        folds = [
+            dataclasses.replace(few, repeat=few.repeat + draw)
+            for draw in range(draws)
+            for few in (
+                probes.few(f, question.label, question.patient, share, args.seed + draw)
+                for f in question.folds
+            )
+        ]
         tested, _ = _run(question, reader, folds, args)
         auc = summarise(tested, args.draws, args.seed, ("auc",))["auc"]
         patients = np.mean([len(np.unique(question.patient[np.r_[f.train, f.val]])) for f in folds])
         point = {"share": share, "patients": int(patients), "auc": auc["value"]}
-        curve.append(point | {name: auc[name] for name in ("low", "high")})
+        curve.append(point | {name: auc[name] for name in ("low", "high", "seed_std")})
     return curve

@@ -50,7 +50,7 @@ def test_line_03_films(shared, tmp_path):
            "--output", data, "--key", key, "--workers", "2")  # fmt: skip
     command = ["mammodino_jax.evaluate", "--encoder", f"hub:{shared / 'weights/dinov2_vits14_hub_fp16.safetensors'}",
                "--data", data, "--benchmark", "minimias", "--long-side", "518", "1036", "--folds", "5", "--repeats", "5",
-               "--dense", "--cache", cache, "--output"]  # fmt: skip
+               "--dense", "--cache", cache, "--patches", cache / "patches", "--output"]  # fmt: skip
     began = time.perf_counter()
     text = module(*command, tmp_path / "results")
     first, began = time.perf_counter() - began, time.perf_counter()
@@ -69,6 +69,10 @@ def test_line_03_films(shared, tmp_path):
     for side in (518, 1036):
         for name in ("mask geometry", "hand-made", "raw pixels", "random init", "dinov2_vits14_hub_fp16"):
             assert f"{name} @ {side}" in names
+    ranks = {row["features"]: row["supervised_rank"] for row in results[0]["dense"]["rows"]}
+    for side in (518, 1036):
+        for name in ("grey level of patches", "random init", "dinov2_vits14_hub_fp16"):
+            assert 0 < ranks[f"{name} @ {side}"]["value"] <= 1
     assert {t["task"] for t in results[0]["tasks"]} >= {"density (fatty, glandular, dense)", "abnormality"}
     for task in results[0]["tasks"]:
         assert (task["folds"], task["repeats"]) == (5, 5)
@@ -133,8 +137,11 @@ def test_line_04_phantoms(phantoms, tmp_path):
         "run",
         "run on raw",
     }
-    for part in ("dense", "shortcuts", "cross_slice", "retrieval"):
-        assert results[part], part
+    assert {row["unit"] for row in results["dense"]["rows"]} == {"image", "volume"}
+    assert results["shortcuts"]["rows"] and results["cross_slice"] and results["retrieval"]
+    assert any(row["breakdown"] for task in results["tasks"] for row in task["rows"])
+    assert "breakdown" in (output / "page.html").read_text().lower()
+    assert not list((tmp_path / "cache").glob("patches-*"))
     assert all(task["few_label"] for task in results["tasks"])
     assert (output / "page.html").stat().st_size > 50_000
 

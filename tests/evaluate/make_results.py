@@ -105,7 +105,7 @@ def make_task(name, classes, scored, few=True):
         str(classes)
     ]
     return {
-        "task": name, "label": name, "kinds": ["film"], "level": "image", "primary": True, "note": "A task's own note.",
+        "task": name, "label": name, "kinds": ["film"], "level": "image", "note": "A task's own note.",
         "classes": list(range(classes)), "folds": 5, "repeats": 2, "train_items": 38, "test_items": 64,
         "test_patients": 32, "test_items_by_class": counts, "rows": rows, "few_label": few_label,
     }  # fmt: skip

@@ -66,6 +66,8 @@ def test_repeats_are_drawn_anew_and_counted(run):
     task = run("--folds", "4", "--repeats", "2", "--probes", "linear")["tasks"][1]
     assert (task["folds"], task["repeats"], task["test_items"]) == (4, 2, 40)
     assert all(row["metrics"]["auc"]["seed_std"] is not None for row in task["rows"])
+    with pytest.raises(UserError, match="--repeats is of a cross-validation"):
+        run("--repeats", "2")
 
 
 def test_a_resolution_sweep_has_rows_of_each_size(run):
@@ -82,6 +84,19 @@ def test_few_label_curves_rise_to_the_full_score(run):
     row = next(r for r in task["rows"] if r["features"] == "hand-made")
     assert curve[-1]["auc"] == auc(row) > curve[0]["auc"]
     assert curve[0]["patients"] < curve[-1]["patients"] == 15
+
+
+def test_any_labels_can_be_asked_for(run, labelled, tmp_path):
+    content = labelled.items(20)
+    for _, row in content:
+        row["label_own"] = int(row["patient_id"] in {f"p{i}" for i in range(0, 20, 3)})
+    results = run(
+        "--folds", "4", "--probes", "kNN", benchmark="labels", data=labelled.write(tmp_path / "own", content)
+    )
+    asked = [t["task"] for t in results["tasks"]]
+    assert asked == [
+        f"{label}, {kind}" for label in ("cancer", "density", "lesion", "own") for kind in ("2d", "dbt")
+    ]
 
 
 def test_breasts_and_exams_are_items_where_a_task_asks_them(run, monkeypatch):
@@ -116,6 +131,7 @@ def test_an_encoder_reads_the_build_it_was_made_for(run, labelled, tmp_path):
     assert ours["encoders"]["tiny"]["reads"] == [str(main)]
     assert ours["encoders"]["tiny on raw"]["reads"] == [str(raw)]
     assert "foreign preprocessing: raw" in ours["encoders"]["tiny on raw"]["remarks"]
+    assert all(r["remarks"] == [] for r in ours["tasks"][0]["rows"] if r["kind"] == "baseline")
     with pytest.raises(UserError, match="100 of the 100 records of --data are not there"):
         other = [(image, row | {"image_id": f"x{row['image_id']}"}) for image, row in labelled.items(20)]
         run(

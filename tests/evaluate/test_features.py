@@ -153,3 +153,10 @@ def test_untrained_keeps_the_shape_and_forgets_what_was_seen(encoder):
     assert random.vit == encoder.vit
     assert not random.provenance
     assert random.fingerprint != encoder.fingerprint
+
+
+def test_convolutions_are_drawn_anew_too(encoder):
+    params = {"conv": {"kernel": np.ones((3, 3, 8, 4), np.float32), "bias": np.ones(4, np.float32)}}
+    tower = dataclasses.replace(encoder, vit=None, params=params)
+    fresh = features.untrained(tower, seed=1).params["conv"]
+    assert fresh["kernel"].std() == pytest.approx(np.sqrt(2 / 72), rel=0.1) and not fresh["bias"].any()

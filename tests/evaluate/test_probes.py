@@ -131,3 +131,12 @@ def test_a_class_without_training_items_has_no_score(name):
     assert np.isnan(score[:, 2]).all()
     assert np.isfinite(score[:, :2]).all()
     assert set(predicted) <= {0, 1}
+
+
+def test_scores_of_two_classes_are_at_the_prevalence_of_the_training_part():
+    balanced = np.array([[0.5, 0.5], [0.1, 0.9]])
+    score = probes.at_prevalence(balanced, np.repeat([0, 1], [98, 2]))
+    np.testing.assert_allclose(score[0], [0.98, 0.02])
+    assert score[0, 1] < score[1, 1] < 0.9  # ranks stay
+    three = np.full((1, 3), 1 / 3)
+    assert probes.at_prevalence(three, np.array([0, 1, 2, 2])) is three

@@ -75,6 +75,7 @@ def test_centred_colours_show_what_differs_within_images():
 def test_attention_is_that_of_the_last_block(data, encoder):
     """Against the softmax written out, in an encoder of one block; canvas patches beyond an image get none."""
     import jax
+    import jax.numpy as jnp
 
     from mammodino_jax.augment import AugmentConfig, normalise
     from mammodino_jax.model.head import bind
@@ -84,17 +85,21 @@ def test_attention_is_that_of_the_last_block(data, encoder):
         assert seen.attention.shape == seen.tissue.shape == seen.tokens.shape[:2]
         assert 0 < seen.attention.min() and 0.5 < seen.attention.sum() < 1
     image = cv2.resize(pictures[0].image, (56, 56))
-    model = bind(encoder.params, encoder.vit)
+
+    @jax.jit
+    def queries_and_keys(params, x):
+        model = bind(params, encoder.vit)
+        tokens = jnp.concatenate([model.cls_token[...], model.patch_embed(x).reshape(1, 16, -1)], axis=1)
+        block = model.blocks[0]
+        return jnp.split(block.attn.qkv(block.norm1(tokens + model.positions(4, 4)))[0], 3, axis=1)[:2]
+
     x = normalise(image[None] / np.float32(255), AugmentConfig(), 3)
-    tokens = np.asarray(model.patch_embed(x)).reshape(16, -1)
-    tokens = (
-        np.concatenate([np.asarray(model.cls_token[...])[0], tokens]) + np.asarray(model.positions(4, 4))[0]
-    )
-    q, k, _ = np.split(np.asarray(model.blocks[0].attn.qkv(model.blocks[0].norm1(tokens))), 3, axis=1)
+    q, k = queries_and_keys(encoder.params, x)
     expected = jax.nn.softmax(k @ q[0] / np.sqrt(encoder.vit.dim))[1:]
     found = visualize.look(encoder, [image], 56)[0]
     np.testing.assert_allclose(found.attention.ravel(), expected, atol=1e-5)
-    np.testing.assert_allclose(found.tokens.reshape(16, -1), np.asarray(model(x)["patches"])[0], atol=1e-5)
+    patches = encoder(image[None])["patches"][0]
+    np.testing.assert_allclose(found.tokens.reshape(16, -1), patches, atol=1e-5)
 
 
 def test_neighbours_are_of_other_patients_and_nearest(data, encoder, tmp_path):
