@@ -1,7 +1,8 @@
 """Dense probe: do patch features tell lesions from the tissue around them, and find them in the image?
 
 k lesions, n units (an image, or a tomosynthesis volume), c candidates, D width, W bootstrap draws, gh x gw
-patches. Boxes are (y0, x0, y1, x1). A patch is tissue where half of it or more is.
+patches. Boxes are (y0, x0, y1, x1). A patch is tissue where half of it or more is. Builds differ in crop,
+scale and mirroring: distances are in pixels of the source file, and tissue is one build's for all encoders.
 """
 
 import collections
@@ -15,6 +16,8 @@ from scipy.ndimage import binary_dilation, gaussian_filter, maximum_filter
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
+from mammodino_jax.data.crops import box_coverage, integral_image
+from mammodino_jax.data.records import read_prep
 from mammodino_jax.evaluate import intervals
 from mammodino_jax.evaluate.features import mm_per_px, patch_grids
 from mammodino_jax.evaluate.metrics import auc
@@ -23,10 +26,11 @@ UNITS = ("image", "volume")
 PATCHES = 256  # of lesions, and of tissue, that an image gives to the fit; tests use all
 FIT = 100_000  # patches in a fit
 STRENGTHS = (1e-5, 1e-3, 1e-1)  # C = 1 / L2, chosen by the AUC within validation images
-NORMALS = {"image": 1000, "volume": 100}  # tested units without a finding, at most
+NORMALS = {"image": 1000, "volume": 100}  # tested units without a lesion, at most
+CLEAR = ("cancer", "cancer_biopsy", "suspicious_birads45", "suspicious_birads5")  # labels of a unit without
 WINDOW = 0.15  # of the height: how far from its own place a patch may look like one of the other breast
 RATES = (1, 2, 3, 4)  # false positives a unit; DBTex averages over these
-SUPPRESS = 0.05  # of the long side: candidates closer than this to a better one are dropped
+SUPPRESS = 0.05  # of the tissue's long side: candidates closer than this to a better one are dropped
 DBT_REACH, DBT_DEPTH = 100, 1 / 4  # DBTex's rule: source px, and share of the volume's slices
 HELD = 256  # records whose patches may be in memory at once
 
@@ -97,6 +101,47 @@ class GreyPatches:
         return {"patches": np.stack([mean, deviation, np.ones_like(mean)], axis=-1).reshape(B, -1, 3)}
 
 
+def to_source(rows, i: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where a record's pixels lie in the source file: it is at offset + scale * record, f64 [2] (y, x) each.
+
+    The scales of y and x may differ; that of a mirrored axis is negative.
+    """
+    c = rows.columns
+    low, high = (np.array([c[f"box_{axis}{end}"][i] for axis in "yx"]) for end in "01")
+    scale = (high - low) / (c["height"][i], c["width"][i])
+    mirrored = np.array(["upside_down" in (c["flags"][i] or ()), bool(c["flipped"][i])])
+    return np.where(mirrored, high, low), np.where(mirrored, -scale, scale)
+
+
+def tissue_share(mask, y_edges, x_edges) -> np.ndarray:
+    """Share of each cell of a grid that a mask bool [H, W] covers, [gh, gw].
+
+    Edges are in its pixels; they may descend, and lie beyond it.
+    """
+    inside = [np.clip(edges, 0, n) for edges, n in zip((y_edges, x_edges), mask.shape, strict=True)]
+    return box_coverage(integral_image(mask), *inside) / np.outer(np.diff(y_edges), np.diff(x_edges))
+
+
+def grids(rows, reference, encoder, long_side: int, batch_size: int, places):
+    """`patch_grids`, with the tissue of the masks of a reference build of the same files.
+
+    In a build without masks all is tissue, and air would be easy to tell from lesions.
+
+    Yields:
+      the place, tokens f16 [gh, gw, D], tissue share of each patch, their centres (y [gh], x [gw]) in heights
+      of the reference's record, and the side of a patch in px of the record that was read.
+    """
+    for i, tokens, tissue, scale in patch_grids(rows, places, encoder, long_side, batch_size):
+        side = encoder.patch_size / scale
+        edges = [np.arange(n + 1) * side for n in tissue.shape]
+        if rows is not reference:
+            (offset, px), (start, reference_px) = to_source(rows, i), to_source(reference, i)
+            edges = [(offset[a] + px[a] * e - start[a]) / reference_px[a] for a, e in enumerate(edges)]
+            tissue = tissue_share(reference.image(i) > 0, *edges)
+        centres = [(e[1:] + e[:-1]) / 2 / reference.columns["height"][i] for e in edges]
+        yield i, tokens, tissue, centres, side
+
+
 def patch_labels(box_k4, tissue) -> tuple[np.ndarray, np.ndarray]:
     """Which patches are lesion, and which are tissue apart from lesions.
 
@@ -141,16 +186,17 @@ def within_image(score, lesion, tissue) -> tuple[float, float]:
     return float(area), float((negative < best).mean() + (negative == best).mean() / 2)
 
 
-def left_right(tokens, tissue, other_tokens, other_tissue) -> np.ndarray:
+def left_right(tokens, tissue, centres, other_tokens, other_tissue, other_centres) -> np.ndarray:
     """1 - cosine with the most similar patch around the same place of the other breast: [gh, gw].
 
-    Records have the chest wall on the left, so the place is that of the mirrored breast, with heights from
-    the upper end and distances from the chest wall in shares of the height. A patch in whose window the
-    other breast has no tissue is compared with all of it; 0 where there is no tissue.
+    Centres (`grids`) are of records with the chest wall on the left: the place is that of the mirrored
+    breast, by height from the upper end and distance from the chest wall. A patch in whose window the other
+    breast has no tissue is compared with all of it; 0 where there is no tissue.
     """
     on, on_other = tissue > 0, other_tissue >= 0.5
     (y, x), (other_y, other_x) = (
-        (np.nonzero(mask) + np.full((2, 1), 0.5)) / len(mask) for mask in (on, on_other)
+        [of[at] for of, at in zip(place, np.nonzero(mask), strict=True)]
+        for place, mask in ((centres, on), (other_centres, on_other))
     )
     near = (np.abs(y[:, None] - other_y) <= WINDOW) & (np.abs(x[:, None] - other_x) <= WINDOW)
     near |= ~near.any(axis=1, keepdims=True)
@@ -286,12 +332,12 @@ def _fit(samples: dict, train, val, seed: int) -> _Fit | None:
     return found
 
 
-def _samples(grids, patch: int, boxes: dict, seed: int) -> dict:
+def _samples(read, boxes: dict, seed: int) -> dict:
     """{record: (tokens f16 [m, D], lesion bool [m])} of records that have both lesion and tissue patches."""
     found = {}
-    for i, tokens, tissue, scale in grids(list(boxes)):
+    for i, tokens, tissue, _, side in read(list(boxes)):
         rng, taken = np.random.default_rng([seed, i]), []
-        for part in patch_labels(boxes[i] * scale / patch, tissue):
+        for part in patch_labels(boxes[i] / side, tissue):
             taken.append(rng.permutation(np.flatnonzero(part))[:PATCHES])
         if all(map(len, taken)):
             x = tokens.reshape(-1, tokens.shape[-1])[np.concatenate(taken)]
@@ -300,30 +346,47 @@ def _samples(grids, patch: int, boxes: dict, seed: int) -> dict:
 
 
 def _truths(rows, unit: str, number: dict[int, int], boxes: dict, items) -> np.ndarray:
-    """Lesions as `froc` takes them. Images: the centre within half the diagonal of the box."""
+    """Lesions as `froc` takes them, in source px. Images: the centre within half the diagonal of the box."""
     out, c = [], rows.columns
     for i, own in boxes.items():
-        for y0, x0, y1, x1 in own if items.item[i] in number else ():
-            reach, z, depth = np.hypot(y1 - y0, x1 - x0) / 2, 0, 0
+        offset, px = to_source(rows, i)
+        for box in own if items.item[i] in number else ():
+            (low, high), z, depth = box.reshape(2, 2), 0, 0
+            y, x = offset + px * (low + high) / 2
+            reach = np.hypot(*(px * (high - low))) / 2
             if unit == "volume":
-                source = c["height"][i] / (c["box_y1"][i] - c["box_y0"][i])  # record px of a source px
-                reach = max(reach, DBT_REACH * source)
+                reach = max(reach, DBT_REACH)
                 z, depth = c["slice_index"][i], DBT_DEPTH * c["num_slices"][i]
-            out.append((number[items.item[i]], z, (y0 + y1) / 2, (x0 + x1) / 2, reach, depth))
+            out.append((number[items.item[i]], z, y, x, reach, depth))
     return np.array(out, np.float64).reshape(-1, 6)
 
 
-def _normals(rows, unit: str, items, tested, found: Lesions, seed: int) -> list[int]:
-    """Tested items of this kind of unit that have no finding at all, at most NORMALS of them."""
-    marked = np.concatenate([found.record, found.unlocated])
-    if "lesion" in rows.labels:
-        marked = np.concatenate([marked, np.flatnonzero(rows.labels["lesion"] > 0)])
-    clear = np.setdiff1d(tested, items.item[marked])
+def _normals(unit: str, items, tested, found: Lesions, seed: int) -> list[int]:
+    """Tested items of this kind of unit that are said to have no lesion, at most NORMALS of them.
+
+    Said: label lesion is 0, or, in data without it, every label of CLEAR that they have. Unknown is not 0.
+    None has a finding; where there is no such label at all, that has to do.
+    """
+    names = ["lesion"] if "lesion" in items.rows.labels else set(CLEAR).intersection(items.rows.labels)
+    clear = np.setdiff1d(tested, items.item[np.concatenate([found.record, found.unlocated])])
+    for name in names:
+        clear = clear[items.label(name)[clear] == 0]
     clear = clear[(items.kind[clear] == "dbt") == (unit == "volume")]
     return sorted(np.random.default_rng(seed).permutation(clear)[: NORMALS[unit]].tolist())
 
 
-def run(rows, encoder, long_side: int, items, folds, draws: int, seed: int, batch_size: int = 0) -> dict:
+def reference_of(builds: list):
+    """The build whose masks say where tissue is: the first of these Rows that has masks, else the first."""
+    return next((rows for rows in builds if not _without_masks(rows)), builds[0])
+
+
+def _without_masks(rows) -> bool:
+    return bool((rows.columns["mask_recipe"] == "none").any())
+
+
+def run(
+    rows, encoder, long_side: int, items, folds, draws: int, seed: int, batch_size: int = 0, reference=None
+) -> dict:
     """Probe the patch features of an encoder (or of `GreyPatches`) on all located findings.
 
     Images are encoded twice: first those with lesions for the fit, then all that are tested.
@@ -331,6 +394,7 @@ def run(rows, encoder, long_side: int, items, folds, draws: int, seed: int, batc
     Args:
       rows, items: records, and the items of level "image" that they make up.
       folds: of places in items; patients do not cross them.
+      reference: the same records in the build whose masks say where tissue is (`reference_of`); None: `rows`.
 
     Returns:
       "rows": one for single images and one for tomosynthesis volumes, as far as there are lesions to fit and
@@ -339,19 +403,28 @@ def run(rows, encoder, long_side: int, items, folds, draws: int, seed: int, batc
       ("left_right") and from the image's mean ("mean_distance"). "rank_chance": the percentile of the best of
       as many patches, where they say nothing. "sensitivity" by false positives a unit, over all tested units;
       "mean_sensitivity" over 1 to 4 of them on units with lesions alone, which for volumes is DBTex's.
-      Thresholds are set within folds. "counts": what was left out.
+      Thresholds are set within folds. "normals": tested units without a lesion, "normals_at_most" of them.
+      "remarks": what a reader must know. "counts": what was left out.
     """
+    reference, remarks = rows if reference is None else reference, []
+    if _without_masks(reference):
+        remarks.append("no tissue mask in any build: air counts as tissue without a lesion")
+    preps = [read_prep(folder).get("settings", {}) for folder in reference.folders]
+    mirrored = all(prep.get("flip", "chest_wall") == "chest_wall" for prep in preps)
+    if not mirrored:
+        remarks.append("no build with the chest wall on the left: not compared with the other breast")
     found = lesions(rows)
     boxes = collections.defaultdict(list)
     for i, box in zip(found.record.tolist(), found.box, strict=True):
         if items.item[i] >= 0:
             boxes[i].append(box)
-    grids = functools.partial(patch_grids, rows, encoder=encoder, long_side=long_side, batch_size=batch_size)
+    read = functools.partial(grids, rows, reference, encoder, long_side, batch_size)
+    other = contralateral(rows) if mirrored else {}
     table = []
     for unit in UNITS:
         of_unit = [i for i in boxes if (rows.columns["kind"][i] == "dbt") == (unit == "volume")]
         mine = {i: np.array(boxes[i]) for i in of_unit}
-        samples = _samples(grids, encoder.patch_size, mine, seed) if mine else {}
+        samples = _samples(read, mine, seed) if mine else {}
         inside = [
             [[i for i in mine if items.item[i] in part] for part in (set(f.train), set(f.val))] for f in folds
         ]
@@ -361,14 +434,15 @@ def run(rows, encoder, long_side: int, items, folds, draws: int, seed: int, batc
         mine = {i: mine[i] for i in np.intersect1d(list(mine), np.flatnonzero(np.isin(items.item, tested)))}
         if not mine:
             continue
-        normal = _normals(rows, unit, items, tested, found, seed)
+        normal = _normals(unit, items, tested, found, seed)
         chosen = sorted({items.item[i] for i in mine} | set(normal))
-        scored, chance, candidates = _score(rows, grids, encoder.patch_size, items, usable, mine, chosen)
+        scored, chance, candidates = _score(rows, reference, read, other, items, usable, mine, chosen)
         facts = {
             "features": encoder.name, "unit": unit, "long_side": long_side,
             "mm_per_px": _median(mm_per_px(rows, long_side)[list(mine)]),
             "images": len(mine), "lesions": sum(map(len, mine.values())),
             "patients": len(np.unique(items.patient[chosen].astype(str))), "normals": len(normal),
+            "normals_at_most": NORMALS[unit], "remarks": remarks,
             "folds": len(usable), "folds_without_lesions": len(folds) - len(usable),
             "C": [fit.strength for _, fit in usable],
         }  # fmt: skip
@@ -391,45 +465,47 @@ def _median(values) -> float | None:
     return float(np.nanmedian(values)) if np.isfinite(values).any() else None
 
 
-def _score(rows, grids, patch: int, items, usable, boxes: dict, chosen: list[int]):
-    """Encode the chosen items, and the other breasts of images with lesions.
+def _score(rows, reference, read, other: dict[int, int], items, usable, boxes: dict, chosen: list[int]):
+    """Encode the chosen items, and the `other` breasts of images with lesions.
 
     Returns:
       {name: {record: [(AUC, percentile) for each fold that tests it]}} of records with lesions; for each, the
       percentile that the best of as many patches reaches by chance; and {(fold, item): candidates (z, y, x,
-      score) in record px, f64 [c, 4]}.
+      score) in source px, f64 [c, 4]}.
     """
     folds_of = collections.defaultdict(list)
     for f, (test, _) in enumerate(usable):
         for item in test:
             folds_of[item].append(f)
     scored, chance = {"supervised": {}, "left_right": {}, "mean_distance": {}}, []
-    other, candidates, c = contralateral(rows), collections.defaultdict(list), rows.columns
+    candidates, c = collections.defaultdict(list), reference.columns
     places = np.flatnonzero(np.isin(items.item, chosen)).tolist()
     for first in range(0, len(places), HELD):
         part = set(places[first : first + HELD])
         pairs = {i: other.get(i) for i in part if i in boxes}
-        needed, held = (set(pairs) | set(pairs.values())) - {None}, {}
-        for i, tokens, tissue, scale in grids(sorted(part | needed)):
+        needed, held, labels = (set(pairs) | set(pairs.values())) - {None}, {}, {}
+        for i, tokens, tissue, centres, side in read(sorted(part | needed)):
+            offset, px = to_source(rows, i)
             if i in needed:
-                held[i] = tokens, tissue, scale
+                held[i] = tokens, tissue, centres
             for f in folds_of[items.item[i]] if i in part else ():
                 at = peaks(expit(usable[f][1](tokens).astype(np.float64)), tissue)
                 z = np.full((len(at), 1), np.nan_to_num(c["slice_index"][i]))
-                candidates[f, items.item[i]].append(np.hstack([z, at[:, :2] * patch / scale, at[:, 2:]]))
+                candidates[f, items.item[i]].append(np.hstack([z, offset + px * at[:, :2] * side, at[:, 2:]]))
+            if i in pairs:
+                labels[i] = patch_labels(boxes[i] / side, tissue)
         for i, j in pairs.items():
-            tokens, tissue, scale = held[i]
-            parts = patch_labels(boxes[i] * scale / patch, tissue)
+            (tokens, tissue, _), parts = held[i], labels[i]
             if parts[0].any():
                 chance.append(parts[0].sum() / (parts[0].sum() + 1))
             fits = [usable[f][1] for f in folds_of[items.item[i]]]
             scored["supervised"][i] = [within_image(fit(tokens), *parts) for fit in fits]
             scored["mean_distance"][i] = [within_image(mean_distance(tokens, tissue), *parts)]
             if j is not None:
-                scored["left_right"][i] = [within_image(left_right(tokens, tissue, *held[j][:2]), *parts)]
+                scored["left_right"][i] = [within_image(left_right(*held[i], *held[j]), *parts)]
     for (f, item), found in candidates.items():
         i = items.first[item]
-        radius = SUPPRESS * max(c["height"][i], c["width"][i])
+        radius = SUPPRESS * max(c[f"box_{axis}1"][i] - c[f"box_{axis}0"][i] for axis in "yx")
         depth = DBT_DEPTH * np.nan_to_num(c["num_slices"][i])
         candidates[f, item] = suppress(np.concatenate(found), radius, depth)
     return scored, chance, candidates

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mammodino_jax import charts
 from mammodino_jax.evaluate.roc import DRAWS, GRID, mean_roc
-from mammodino_jax.evaluate.table import HEAD, LEGEND, cells, estimate, tested
+from mammodino_jax.evaluate.table import HEAD, LEGEND, cells, chance, estimate, tested
 from mammodino_jax.page import embed, facts, figure, jpeg, page, paragraph, section, table
 from mammodino_jax.pictures import strip
 
@@ -15,6 +15,10 @@ DENSE = {
     "left_right_auc": "unlike the other breast: AUC",
     "mean_distance_auc": "unlike the rest of the breast: AUC",
 }
+DENSE_HEAD = (
+    "features", "rank", "rank by chance", *(f"sensitivity at {n}" for n in (1, 2, 4)), "mean, 1 to 4",
+    "mm/px", "remarks",
+)  # fmt: skip
 MARKS = (
     ("dot and bar", "Figure, 95 % interval over draws of test patients. Hollow: kNN, full: linear probe."),
     ("square, diamond", "Attentive pooling of patch tokens, and the encoder fine-tuned."),
@@ -140,14 +144,17 @@ def task_section(task: dict, scores: dict) -> str:
 
 
 def roc_chart(task: dict, scores: dict, drawn: dict) -> list[str]:
-    """ROC curves of the linear probe, where there are scores of it."""
-    found = {name: scores.get((task["task"], name, "linear")) for name in drawn}
+    """ROC curves of the linear probe, or the last where that was not asked, as far as there are scores."""
+    asked = [row["probe"] for row in task["rows"]]
+    probe = "linear" if "linear" in asked else asked[-1]
+    found = {name: scores.get((task["task"], name, probe)) for name in drawn}
     lines = {name: mean_roc(folds) for name, folds in found.items() if folds}
     if not lines:
         return []
     kind = ", mean over classes against the rest" if len(task["classes"]) > 2 else ""
-    alt = f"{task['task']}: ROC curves of the linear probe"
-    return [_chart(charts.roc(lines, GRID, drawn), alt, f"Linear probe{kind}; mean over folds.")]
+    alt = f"{task['task']}: ROC curves of the {probe} probe"
+    caption = f"ROC curves, {probe} probe{kind}; mean over folds."
+    return [_chart(charts.roc(lines, GRID, drawn), alt, caption)]
 
 
 def few_charts(task: dict, drawn: dict) -> list[str]:
@@ -167,19 +174,15 @@ def few_charts(task: dict, drawn: dict) -> list[str]:
 
 def breakdown(rows: list[dict]) -> str:
     """AUC within groups of the test items, features side by side; "" where there are none."""
-    rows, lines = [row for row in rows if row["breakdown"] and row["probe"] == "linear"], []
+    rows, lines = [row for row in rows if row["breakdown"]], []
     values = [(column, value) for row in rows for column, of in row["breakdown"].items() for value in of]
     for column, value in dict.fromkeys(values):
         groups = [row["breakdown"].get(column, {}).get(value) for row in rows]
         n = next(group["n"] for group in groups if group)
         aucs = [estimate({"value": g["auc"], **g}) if g else "-" for g in groups]
         lines.append([column.replace("_", " "), value, n, *aucs])
-    head = ["group", "value", "items", *(row["features"] for row in rows)]
-    return (
-        _folded("AUC [95 %] of the linear probe within groups of the test items", table(head, lines))
-        if lines
-        else ""
-    )
+    head = ["group", "value", "items", *(f"{row['features']}, {row['probe']}" for row in rows)]
+    return _folded("AUC [95 %] within groups of the test items", table(head, lines)) if lines else ""
 
 
 def sweep_section(results: dict, rows) -> str:
@@ -205,19 +208,27 @@ def dense_section(results: dict, rows) -> str:
         mine, lines = [row for row in found if row["unit"] == unit], []
         for row in mine:
             rates = [estimate(row["sensitivity"][rate] | {"low": None}) for rate in ("1", "2", "4")]
-            lines.append([row["features"], *(estimate(row[name]) for name in DENSE), *rates])
-        first = mine[0]
+            mm = f"{row['mm_per_px']:.3f}" if row["mm_per_px"] else "-"
+            lines.append([
+                row["features"], estimate(row["supervised_rank"]), chance(row),
+                *(estimate(row[name]) for name in DENSE), *rates, estimate(row["mean_sensitivity"]), mm,
+                "; ".join(row["remarks"]),
+            ])  # fmt: skip
+        first, places = mine[0], "slices" if unit == "volume" else "images"
         parts += [
             f"<h3>{unit.capitalize()}s</h3>",
             paragraph(
-                f"{first['lesions']} lesions in {first['images']} {unit}s; {first['normals']} without."
+                f"{first['lesions']} lesions in {first['images']} {places}; {first['normals']} {unit}s "
+                f"without, of {first['normals_at_most']} at most."
             ),
-            _figures(["features", *DENSE.values(), *(f"sensitivity at {n}" for n in (1, 2, 4))], lines),
+            _figures([*DENSE_HEAD[:3], *DENSE.values(), *DENSE_HEAD[3:]], lines),
         ]
     about = (
         "Patches of a lesion against tissue patches of the same image, mean over images: by a linear probe, "
-        "and without labels. Sensitivity: share of lesions found at so many false positives an image or "
-        f"volume. Left out: {results['dense']['counts']['unlocated']} findings whose place is unknown."
+        "and without labels. Rank: share of the other patches below a lesion's best, beside that of the best "
+        "of as many patches that say nothing. Sensitivity: share of lesions found at so many false positives "
+        "an image or volume; its mean over 1 to 4 is of those with lesions (of volumes: DBTex's). Left out: "
+        f"{results['dense']['counts']['unlocated']} findings whose place is unknown."
     )
     return section("Where lesions are, by patch tokens", paragraph(about), *parts)
 
@@ -230,10 +241,16 @@ def shortcuts_section(results: dict, rows) -> str:
         about = [row["probe"], row["metric"], row["n"], f"{row['chance']:.3f}"]
         line = lines.setdefault(row["probe"], about + ["-"] * len(names))
         line[len(about) + names.index(row["features"])] = estimate(row)
+    remarks = {row["features"]: "; ".join(row["remarks"]) for row in found["rows"]}
+    if any(remarks.values()):
+        lines["remarks"] = ["remarks", "", "", "", *remarks.values()]
     not_asked = "; ".join(f"{probe}: {reason}" for probe, reason in found["not_asked"].items())
     return section(
         "Shortcuts and leakage",
-        paragraph("What else the features tell, beside what guessing reaches: why high figures may mislead."),
+        paragraph(
+            "What else the features tell, beside what guessing reaches: why high figures may mislead. "
+            f"Asked of the {found['records']} records that test."
+        ),
         table(["probe", "metric", "n", "chance", *names], list(lines.values())),
         paragraph(f"Not asked: {not_asked}.") if not_asked else "",
     )  # fmt: skip

@@ -38,6 +38,8 @@ def markdown(results: dict) -> str:
     for task in results["tasks"]:
         lines += [f"## {task['task']}", "", tested(task), ""]
         lines += grid(HEAD, map(cells, task["rows"])) + [""]
+    if results.get("dense", {}).get("rows"):
+        lines += dense_lines(results["dense"])
     if results["absent_tasks"]:
         lines += [f"Not asked, no such images in the data: {', '.join(results['absent_tasks'])}.", ""]
     if results["data"]["records_left_out"]:
@@ -49,6 +51,29 @@ def tested(task: dict) -> str:
     """How much a task was tested on, in words."""
     by_class = ", ".join(f"{n} {name}" for name, n in task["test_items_by_class"].items())
     return f"{task['test_items']} test items ({by_class}) of {task['test_patients']} patients."
+
+
+def dense_lines(dense: dict) -> list[str]:
+    """Lines of Markdown: how well patch tokens tell lesions from other tissue, and find them."""
+    rates = ("1", "2", "4")
+    head = ["features", "items", "rank [95 %]", "rank by chance", "AUC [95 %]"]
+    lines = [
+        [row["features"], f"{row['unit']}s", estimate(row["supervised_rank"]), chance(row),
+         estimate(row["supervised_auc"]), *(_value(row["sensitivity"][rate]) for rate in rates),
+         "; ".join(row["remarks"])]
+        for row in dense["rows"]
+    ]  # fmt: skip
+    return [
+        "## Where lesions are, by patch tokens", "",
+        "Linear probe of patches. Rank: share of the other tissue's patches below a lesion's best. "
+        "Sensitivity at so many false positives an image or volume.", "",
+        *grid([*head, *(f"sensitivity at {rate}" for rate in rates), ""], lines), "",
+    ]  # fmt: skip
+
+
+def chance(row: dict) -> str:
+    """What the best of as many patches as lesions have ranks, where they say nothing."""
+    return f"{row['rank_chance']:.3f}" if row["rank_chance"] is not None else "-"
 
 
 def grid(head: list[str], rows: Iterable[list[str]]) -> list[str]:

@@ -1,12 +1,19 @@
 """The dense probe on images whose lesions are known, and on candidates counted by hand."""
 
+import argparse
+import dataclasses
 import json
+import shutil
+import types
 
+import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from mammodino_jax.evaluate import dense
+from mammodino_jax.evaluate import dense, extras
 from mammodino_jax.evaluate.items import group, read_rows
 from mammodino_jax.evaluate.probes import Fold
 
@@ -28,6 +35,15 @@ class Coded(dense.GreyPatches):
         x[..., 0] += 1
         x[bright, 1] += self.shift
         return {"patches": x.astype(np.float32)}
+
+
+FRAME = 400, 300  # of the source files of images
+BOX = {"L": (60, 0, 340, 168), "R": (60, 132, 340, 300)}  # of their records; those of R are mirrored
+
+
+def box_of(side):
+    box = dict(zip(("box_y0", "box_x0", "box_y1", "box_x1"), BOX[side], strict=True))
+    return box | {"flipped": side == "R"}
 
 
 def image(make_dataset, seed, lesion=None):
@@ -53,7 +69,7 @@ def dataset(labelled, tmp_path_factory):
         for side in "LR":
             seen = where if side == "L" and p % 9 < 6 else None
             picture, name = image(make, p, seen), f"{p}{side}"
-            content.append((picture, make.row(picture, name, laterality=side, **ids)))
+            content.append((picture, make.row(picture, name, laterality=side, **box_of(side), **ids)))
             if seen:
                 findings += [{"image_id": name, "category": c, **box} for c in ("mass", "calcification")]
             if p >= 15:
@@ -135,6 +151,178 @@ def test_repeated_folds_count_an_image_once_and_a_fold_without_lesions_is_said(d
     assert row["sensitivity"]["1"]["value"] == 1
 
 
+class Air(dense.GreyPatches):
+    """Tokens that say whether a patch is air, and nothing else."""
+
+    def __call__(self, images, sizes=None):
+        level = super().__call__(images)["patches"]
+        level[..., 0], level[..., 1] = level[..., 0] > 0.02, 0
+        return {"patches": level}
+
+
+@pytest.fixture(scope="module")
+def builds(dataset, labelled, tmp_path_factory):
+    """The images as two builds: cropped, mirrored and masked; and whole frames as they are, squashed to a
+    square, without masks."""
+    rows, _ = dataset
+    rows, make, content = rows.take(np.flatnonzero(rows.columns["kind"] == "2d")), labelled.make_dataset, []
+    for i in range(len(rows)):
+        frame, side = np.ones(FRAME, np.uint8), rows.columns["laterality"][i]
+        (y0, x0, y1, x1), picture = BOX[side], np.maximum(rows.image(i), 1)
+        frame[y0:y1, x0:x1] = picture[:, ::-1] if side == "R" else picture
+        ids = {name: rows.columns[name][i] for name in ("patient_id", "view", "split", "laterality")}
+        squashed = cv2.resize(frame, (300, 300), interpolation=cv2.INTER_AREA)
+        box = {"box_y0": 0, "box_x0": 0, "box_y1": FRAME[0], "box_x1": FRAME[1], "mask_recipe": "none"}
+        content.append((squashed, make.row(squashed, rows.columns["image_id"][i], **box, **ids)))
+    folder = labelled.write(tmp_path_factory.mktemp("raw") / "data", content)
+    findings = pq.read_table(rows.folders[0] / "findings.parquet").to_pylist()
+    for f in findings:
+        for name in ("record_y0", "record_y1"):  # all on the left: x is as it is
+            f[name] = (f[name] + BOX["L"][0]) * 300 / FRAME[0]
+    make.write_findings(folder, findings)
+    raw = read_rows([folder])
+    place = {image: i for i, image in enumerate(raw.columns["image_id"])}
+    return rows, raw.take(np.array([place[image] for image in rows.columns["image_id"]]))
+
+
+def test_a_build_without_masks_is_asked_about_the_tissue_of_one_with_masks(builds):
+    main, raw = builds
+    assert dense.reference_of([raw, main]) is main and dense.reference_of([raw]) is raw
+    encoder, places = dense.GreyPatches(PATCH), [0, 1]
+    assert [main.columns["laterality"][i] for i in places] == ["L", "R"]
+    of_main = {i: found for i, *found in dense.grids(main, main, encoder, 560, 8, places)}
+    for i, tokens, tissue, (y, x), side in dense.grids(raw, main, encoder, 560, 8, places):
+        assert tissue.shape == (40, 40) and side == 300 / 40
+        inside = tokens[..., 0] > 0.03  # air is 1 of 255
+        assert (inside == (tissue > 0)).mean() > 0.98
+        assert (tissue[:, :20].sum() > 10 * tissue[:, 20:].sum()) == (i == 0)  # as it was stored
+        _, share, (main_y, main_x), _ = of_main[i]
+        centre = [(tissue * of).sum() / tissue.sum() for of in (y[:, None], x)]
+        expected = [(share * of).sum() / share.sum() for of in (main_y[:, None], main_x)]
+        np.testing.assert_allclose(centre, expected, atol=0.01)  # heights, from the chest wall
+
+    def auc(**reference):
+        items = group(raw)
+        found = dense.run(raw, Air(PATCH), 280, items, folds(items), 500, 0, 8, **reference)["rows"][0]
+        return found["mean_distance_auc"]["value"], found["left_right_auc"]["n"], found["remarks"]
+
+    with_air, _, said = auc()
+    assert with_air > 0.8  # of a token that says air or tissue, and nothing of lesions
+    assert said == ["no tissue mask in any build: air counts as tissue without a lesion"]
+    value, pairs, said = auc(reference=main)
+    assert value == pytest.approx(0.5, abs=0.06) and pairs == 6 and said == []
+
+
+def test_lesions_and_candidates_of_squashed_records_are_measured_in_the_source(builds):
+    main, raw = builds
+    tables = []
+    for rows in builds:
+        found, items = dense.lesions(rows), group(rows)
+        boxes = {}
+        for i, box in zip(found.record.tolist(), found.box, strict=True):
+            boxes[i] = box[None]
+        number = {items.item[i]: u for u, i in enumerate(boxes)}
+        tables.append(dense._truths(rows, "image", number, boxes, items))
+    assert len(tables[0]) == 18
+    np.testing.assert_allclose(*tables, atol=1e-3)  # float32 in the file
+    right = np.flatnonzero(main.columns["laterality"] == "R")[0]
+    for rows, point in ((main, (10, 20)), (raw, (70 * 300 / 400, 280))):
+        offset, px = dense.to_source(rows, right)
+        np.testing.assert_allclose(offset + px * point, (70, 280))
+    upside_down = dataclasses.replace(main, columns={**main.columns, "flags": [["upside_down"]] * len(main)})
+    offset, px = dense.to_source(upside_down, right)
+    np.testing.assert_allclose(offset + px * (10, 20), (330, 280))
+    encoder = dense.GreyPatches(PATCH)
+    _, _, candidates = dense._score(
+        raw, main, lambda places: dense.grids(raw, main, encoder, 560, 8, places), {}, items := group(raw),
+        [(np.arange(len(items.first)), lambda tokens: 9 * tokens[..., 0].astype(np.float32))], {}, [right],
+    )  # fmt: skip
+    (found,) = candidates.values()
+    assert 60 < found[:, 1].min() and found[:, 1].max() < 340 and 132 < found[:, 2].min() < found[:, 2].max()
+
+
+def test_records_that_are_not_mirrored_have_no_other_breast(dataset, tmp_path):
+    folder = shutil.copytree(dataset[0].folders[0], tmp_path / "data")
+    prep = json.loads((folder / "prep.json").read_text())
+    (folder / "prep.json").write_text(json.dumps({**prep, "settings": {"flip": "none"}}))
+    rows = read_rows([folder])
+    rows = rows.take(np.flatnonzero(rows.columns["kind"] == "2d"))
+    units, _ = result((rows, group(rows)), Coded(3.0))
+    assert units["image"]["left_right_auc"] == {"value": None, "low": None, "high": None, "n": 0}
+    assert units["image"]["supervised_auc"]["value"] == pytest.approx(1, abs=0.02)
+    assert units["image"]["remarks"] == [
+        "no build with the chest wall on the left: not compared with the other breast"
+    ]
+
+
+def test_items_without_a_lesion_are_those_that_are_said_to_have_none(dataset):
+    rows, _ = dataset
+    found, c = dense.lesions(rows), rows.columns
+    number = np.array([int(p[1:]) for p in c["patient_id"]])
+
+    def normals(**labels):
+        items = group(dataclasses.replace(rows, labels=labels))
+        normal = dense._normals("image", items, np.arange(len(items.first)), found, 0)
+        return sorted(items.id[normal])
+
+    without = [f"{p}{side}" for p in range(27) for side in "LR" if side == "R" or p % 9 >= 6]
+    assert normals() == sorted(without)
+
+    def names(of):
+        return sorted(name for name in without if int(name[:-1]) in of)
+
+    lesion = np.where(number < 5, 0, np.where(number < 10, -1, 1))
+    assert normals(lesion=lesion, cancer=lesion * 0) == names(range(5))
+    cancer, suspicious = np.where(number == 3, 1, 0), np.where(number == 4, -1, 0)
+    free = names([p for p in range(27) if p not in (3, 4)])
+    assert normals(cancer_biopsy=cancer, suspicious_birads45=suspicious, density=cancer) == free
+
+
+def test_figures_in_the_cache_are_of_these_findings_labels_and_pixels(dataset, tmp_path, monkeypatch):
+    folders = [shutil.copytree(dataset[0].folders[0], tmp_path / name) for name in ("main", "other")]
+
+    def change(folder, file, column, value):
+        table = pq.read_table(folder / file)
+        table = table.drop_columns([column] if column in table.column_names else [])
+        pq.write_table(table.append_column(column, pa.array([value] * len(table))), folder / file)
+
+    change(folders[1], "index.parquet", "mask_recipe", "none")
+    args = argparse.Namespace(folds=0, seed=0, draws=1000, batch_size=0, cache=tmp_path / "cache")
+    read = []
+
+    def run(rows, encoder, *rest):
+        read.append((rows.folders[0].name, rest[-1].folders[0].name))
+        return {"rows": [{"unit": "image", "remarks": ["of the run"]}], "counts": {}}
+
+    monkeypatch.setattr(dense, "run", run)
+
+    def asked():
+        main, other = (read_rows([folder]) for folder in folders)
+        encoder = dense.GreyPatches(PATCH)
+        one = {"encoder": encoder, "long_side": SIDE}
+        entries = [
+            types.SimpleNamespace(name="majority class", rows=main, encoder=None, long_side=None, remarks=()),
+            types.SimpleNamespace(name="one", rows=main, remarks=("layout",), **one),
+            types.SimpleNamespace(name="on raw", rows=other, remarks=(), **one),
+        ]
+        read.clear()
+        found = extras.dense_probe(args, entries)["rows"]
+        assert [row["remarks"] for row in found[1:]] == [["layout", "of the run"], ["of the run"]]
+        return list(read)
+
+    both = [("main", "main"), ("other", "main")]  # the grey levels are those of "one" here
+    assert asked() == both and asked() == []
+
+    for file, column, value in (
+        ("findings.parquet", "record_y0", 0.0), ("index.parquet", "label_lesion", 0),
+        ("index.parquet", "pixel_hash", "changed"),
+    ):  # fmt: skip
+        change(folders[1], file, column, value)
+        assert asked() == both[1:], column
+    change(folders[0], "index.parquet", "label_lesion", 0)
+    assert asked() == both  # its items and its tissue stand for both
+
+
 def test_data_without_located_findings_have_no_rows(labelled, tmp_path):
     folder = labelled.write(tmp_path / "data", labelled.items(3, slices=0))
     rows = read_rows([folder])
@@ -181,17 +369,19 @@ def test_auc_and_percentile_within_an_image():
 
 def test_left_right_compares_equal_places():
     rng = np.random.default_rng(0)
-    one = rng.normal(size=(10, 6, 16))
-    tissue = np.ones((10, 6))
-    np.testing.assert_allclose(dense.left_right(one, tissue, one, tissue), 0, atol=1e-6)
+    tokens, tissue = rng.normal(size=(10, 6, 16)), np.ones((10, 6))
+    centres = [(np.arange(n) + 0.5) / 10 for n in (10, 6)]
+    one = tokens, tissue, centres
+    np.testing.assert_allclose(dense.left_right(*one, *one), 0, atol=1e-6)
     for axis, shift in ((0, 5), (1, 3)):  # the same patches, half a breast away
-        far = np.roll(one, shift, axis=axis)
-        assert dense.left_right(one, tissue, far, tissue).min() > 0.1
-    fine = one.repeat(2, axis=0).repeat(2, axis=1)  # another grid: places are shares of the height
-    np.testing.assert_allclose(dense.left_right(one, tissue, fine, np.ones((20, 12))), 0, atol=1e-6)
+        far = np.roll(tokens, shift, axis=axis)
+        assert dense.left_right(*one, far, tissue, centres).min() > 0.1
+    fine = tokens.repeat(2, axis=0).repeat(2, axis=1)  # another grid, of the same places
+    places = [(np.arange(n) + 0.5) / 20 for n in (20, 12)]
+    np.testing.assert_allclose(dense.left_right(*one, fine, np.ones((20, 12)), places), 0, atol=1e-6)
     nearly = np.zeros((10, 6))
     nearly[0, 0] = 1  # tissue of the other breast outside of most windows: compared all the same
-    assert dense.left_right(one, tissue, one, nearly).max() < 2
+    assert dense.left_right(*one, tokens, nearly, centres).max() < 2
 
 
 def test_the_other_breast_is_of_the_same_study_view_and_depth(labelled):
@@ -260,4 +450,4 @@ def test_the_reach_of_a_volume_is_100_source_pixels(dataset):
     record = found.record[rows.columns["kind"][found.record] == "dbt"][0]
     boxes = {record: np.array([[40, 50, 42, 54]])}
     (truth,) = dense._truths(rows, "volume", {items.item[record]: 0}, boxes, items)
-    assert truth.tolist() == [0, 2, 41, 52, 10, 1]  # ten source px a record px; a quarter of four slices
+    assert truth.tolist() == [0, 2, 410, 520, 100, 1]  # ten source px a record px; a quarter of four slices

@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from mammodino_jax import charts
 from mammodino_jax.evaluate.html import write_page
 from mammodino_jax.evaluate.roc import GRID, mean_roc
+from mammodino_jax.evaluate.table import markdown
 
 SECTIONS = [
     "What was asked", "abnormality", "density", "Resolution", "Where lesions are, by patch tokens",
@@ -106,11 +107,19 @@ def test_the_numbers_are_on_the_page(whole):
         "0.021",
         "0.620 [0.550, 0.690]",
     ]
-    assert "0.812 [0.742, 0.882]" in cells(page, "grey level of patches")[0]
+    assert cells(page, "grey level of patches")[0] == [
+        "grey level of patches", "0.930 [0.860, 1.000]", "0.800", "0.812 [0.742, 0.882]",
+        "0.600 [0.530, 0.670]", "not computed", "0.300", "0.400", "0.600", "0.543 [0.473, 0.613]", "0.187", "",
+    ]  # fmt: skip
+    section = page[page.index("Where lesions are, by patch tokens") :]
+    assert cells(section, "export: tiny run")[0][-1].startswith("transductive: pretraining saw 3")
+    assert cells(page, "remarks")[0][-3].startswith("transductive: pretraining saw 3")
     text = Reader(page).text
     assert (
         "5 folds x 2" in text
         and "3 left out" in text
+        and "40 images without, of 1000 at most" in text
+        and "Asked of the 321 records that test." in text
         and "python -m mammodino_jax.evaluate --data mias --folds 5" in text
     )
     assert "query: 2d, L, CC, density\N{NO-BREAK SPACE}A, cancer\N{NO-BREAK SPACE}0" in text
@@ -121,6 +130,36 @@ def test_encoders_stand_out_from_baselines(whole):
     _, page = whole
     marked = set(re.findall(r'<tr class="ours"><td[^>]*>(.*?)</td>', page))
     assert len(marked) == 3 and all(":" in name for name in marked)
+
+
+def test_breakdown_and_curves_of_the_probe_that_was_asked(made, tmp_path):
+    scored = []
+    task = made.make_task("abnormality", 2, scored, few=False)
+    task["rows"] = [row for row in task["rows"] if row["probe"] != "kNN"]
+    for row in task["rows"]:
+        row["probe"] = row["probe"].replace("linear", "attentive")
+    scores = {(t, name, "attentive"): made.folds_of(of) for t, name, probe, of in scored if probe == "linear"}
+    page = write_page(made.minimal([task]), scores, None, tmp_path).read_text("utf-8")
+    assert "ROC curves, attentive probe; mean over folds." in page
+    assert "export: tiny run, attentive" in page and len(cells(page, "site")) == 2
+
+
+def test_no_chart_of_slices_where_there_are_no_volumes(made, tmp_path):
+    page = write_page(made.minimal() | {"cross_slice": {}, "retrieval": []}, None, None, tmp_path)
+    assert "Slices of a volume" not in page.read_text("utf-8")
+
+
+def test_the_table_has_lines_of_the_dense_probe(made):
+    results, *_ = made.full()
+    text = markdown(results)
+    assert (
+        "| grey level of patches | images | 0.930 [0.860, 1.000] | 0.800 | 0.812 [0.742, 0.882] | 0.300 | 0.400 "
+        "| 0.600 |  |"
+    ) in text
+    of_dense = text[text.index("## Where lesions are") :]
+    assert of_dense.count("| layout tested on random weights only; pretraining patients unknown |") == 2
+    assert "patch tokens" not in markdown(made.minimal())
+    assert "patch tokens" not in markdown(made.minimal() | {"dense": {"rows": [], "counts": {}}})
 
 
 def test_a_page_without_the_optional_parts(made, tmp_path):

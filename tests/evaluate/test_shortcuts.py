@@ -1,14 +1,19 @@
 """Shortcut probes on features that code what they should find, and on noise."""
 
+import argparse
 import dataclasses
 import json
+import types
 import xml.etree.ElementTree as ET
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mammodino_jax import charts
-from mammodino_jax.evaluate import shortcuts
+from mammodino_jax.evaluate import extras, shortcuts
+from mammodino_jax.evaluate.items import read_rows
 
 WIDTH = 16
 
@@ -221,3 +226,40 @@ def test_neighbours_are_of_other_patients_and_queries_of_all_kinds(rows):
 def test_neighbours_of_one_patient_are_none():
     one = table(patients=1, slices=2)
     assert [of["near"] for of in shortcuts.neighbours(one, noise(one), 2, 0)] == [[], []]
+
+
+def test_only_records_that_test_are_asked_and_the_cache_knows_labels(labelled, tmp_path):
+    folder = labelled.write(tmp_path / "data", labelled.items(20))
+    args = argparse.Namespace(parts=("cls",), draws=1000, seed=0, cache=tmp_path / "cache")
+
+    def asked():
+        rows = read_rows([folder])
+        features = {"one": {"cls": noise(rows)}, "raw pixels": {"x": noise(rows)}}
+        one = types.SimpleNamespace(name="one", rows=rows, extractor=1, encoder=1, remarks=("layout",))
+        plain = types.SimpleNamespace(name="raw pixels", rows=rows, extractor=1, encoder=None, remarks=())
+        tested = rows.columns["split"] == "test"
+        found = extras.shortcut_probes(args, [plain, one], features, tested)
+        return json.loads(json.dumps(found, allow_nan=False)), tested
+
+    found, tested = asked()
+    assert tested.sum() == 6 * 5 and found["shortcuts"]["records"] == 30
+    assert found["shortcuts"]["of"] == 6 * 3 and found["cross_slice"]["one"]["volumes"] == 6
+    assert {row["features"]: row["remarks"] for row in found["shortcuts"]["rows"]} == {
+        "one": ["layout"], "raw pixels": [],
+    }  # fmt: skip
+    assert len(found["retrieval"]) == extras.QUERIES
+    for one in found["retrieval"]:
+        assert tested[[one["query"], *one["near"]]].all()  # places among all records
+        assert len(one["near"]) == len(one["cosine"]) == 5
+    files = len(list(args.cache.iterdir()))
+    assert asked()[0] == found and len(list(args.cache.iterdir())) == files
+    index = pq.read_table(folder / "index.parquet")
+    vendor = index.column_names.index("manufacturer")
+    for table in (
+        index.append_column("label_recall", pa.array([0] * len(index))),
+        index.set_column(vendor, "manufacturer", pa.array(["GE"] * len(index))),
+    ):
+        pq.write_table(table, folder / "index.parquet")
+        asked()
+        files += 1
+        assert len(list(args.cache.iterdir())) == files
