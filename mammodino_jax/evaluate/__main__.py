@@ -171,7 +171,7 @@ def main(argv=None) -> None:
             scored += [(task["task"], *of_entry) for of_entry in found]
     if args.shortcuts:
         features = {e.name: e.features(args.cache, args.tiles) for e in entries if e.extractor}
-        results |= extras.shortcut_probes(args, entries, features)
+        results |= extras.shortcut_probes(args, entries, features, tested)
     if args.long_side and len(args.long_side) > 1:
         results["sweep"] = extras.sweep(results["tasks"])
     args.output.mkdir(parents=True, exist_ok=True)
