@@ -314,6 +314,16 @@ def test_a_dying_worker_is_an_error_not_a_hang(tmp_path, exams, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_refused_second_build_leaves_the_first_its_folder(tmp_path):
+    output, local = tmp_path / "out", tmp_path / "out.local"
+    with build_module.locked(output, local):
+        output.mkdir()
+        with pytest.raises(UserError, match="another run is writing"), build_module.locked(output, local):
+            pass
+        assert output.is_dir()
+    assert not output.exists()
+
+
 def test_dry_run_and_inspect(tmp_path, exams, capsys):
     main(["build", "--input", str(exams), "--output", str(tmp_path / "out"), "--workers", "1", "--dry-run"])
     assert "would build up to 11 records" in capsys.readouterr().out
