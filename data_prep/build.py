@@ -371,8 +371,15 @@ def _scan_headers(rows: list[Row], settings: Settings, run: Callable) -> tuple[d
         [(row.path, row.reject) for row in rows[i : i + _SCAN_CHUNK]]
         for i in range(0, len(rows), _SCAN_CHUNK)
     ]
+    scan_chunk = functools.partial(_scan_chunk, settings=settings)
+
+    def died(chunk: list) -> list[Header | Reject]:
+        if len(chunk) == 1:
+            return [Reject("crashed")]
+        return [one for part in run(scan_chunk, [[file] for file in chunk], died=died) for one in part]
+
     with tqdm(total=len(rows), desc="headers", unit="file", mininterval=1) as bar:
-        for part in run(functools.partial(_scan_chunk, settings=settings), chunks):
+        for part in run(scan_chunk, chunks, died=died):
             found += part
             bar.update(len(part))
     headers = {number: header for number, header in enumerate(found) if isinstance(header, Header)}

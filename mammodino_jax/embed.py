@@ -31,7 +31,8 @@ from data_prep.__main__ import mapping
 from data_prep.build import BuildOptions, Earlier, describe, list_inputs, locked, plan_inputs
 from data_prep.executors import executor
 from data_prep.identity import hash_id, load_key
-from data_prep.plan import Listing, Planned, count_by
+from data_prep.plan import Listing, Planned, count_by, reject_line
+from data_prep.reject import Reject
 from data_prep.settings import PRESETS, Settings
 from data_prep.shards import make_records
 from mammodino_jax import __version__
@@ -149,6 +150,7 @@ def embed(encoder, options: BuildOptions, long_side: int = 0, batch_size: int = 
             work = functools.partial(
                 read_records, settings=options.settings, dataset=dataset, key=key, folder=Path(folder)
             )
+            run = functools.partial(run, died=functools.partial(_crashed, folder=Path(folder)))
             fit = batches_of(encoder)
             pad = encoder.patch_size if encoder.vit else 1  # a ViT's images end in whole patches
             most = 1 if jax.default_backend() == "cpu" else BATCH * jax.local_device_count()
@@ -240,6 +242,12 @@ def read_records(p: Planned, settings: Settings, dataset: str, key: bytes, folde
     return {"rows": [row for row, _ in found], "path": path, "files": files, "rejects": rejects, "used": used}
 
 
+def _crashed(p: Planned, folder: Path) -> dict:
+    """What read_records would have returned of files that kill the process that reads them."""
+    rejects = [reject_line(m.number, m.row, Reject("crashed")) for m in p.members or [p]]
+    return {"rows": [], "path": folder / f"{p.number}.u8", "files": [], "rejects": rejects, "used": []}
+
+
 def _features(ready: list[dict], extractor, long_side: int, images: Path | None, pad: int,
               per_slice: bool) -> dict:  # fmt: skip
     """f32 {"cls", "mean": [n, D]} of all slices of a part; their pictures, padded to multiples of `pad`, go
@@ -287,7 +295,7 @@ def _write_part(path: Path, ready: list[dict], features: dict, per_slice: bool, 
             said["files"].append(file | {"ids": ids})
         said["rejects"] += r["rejects"]
         said["used"] += r["used"]
-        r["path"].unlink()
+        r["path"].unlink(missing_ok=True)
     path.with_suffix(".json").write_text(json.dumps(said))
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)

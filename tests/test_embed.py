@@ -286,6 +286,25 @@ def test_a_table_with_other_columns_is_mapped_as_in_a_build(encoder, files, tmp_
         assert [(r["image_id"], r["patient_id"]) for r in index] == [(f["id"][0], f["patient_id"][0])]
 
 
+read_records = module.read_records
+
+
+def die_of_one(p, **settings):
+    return os._exit(9) if p.row.name == "picture.png" else read_records(p, **settings)
+
+
+@pytest.mark.slow
+def test_a_file_that_kills_its_process_is_rejected(whole, encoder, files, tmp_path, monkeypatch):
+    """A process of the pool, and then one of its own."""
+    monkeypatch.setattr(module, "read_records", die_of_one)
+    done = embed(encoder, BuildOptions((files,), tmp_path / "f.parquet", workers=2), LONG_SIDE)
+    assert done["rejects"] == whole[2]["rejects"] | {"crashed": 1} and done["rows"] == whole[2]["rows"] - 1
+    found = {Path(r["path"]).name: r["code"] for r in lines(tmp_path / "f.parquet.local/rejects.jsonl")}
+    assert found["picture.png"] == "crashed"
+    table = pq.read_table(tmp_path / "f.parquet")
+    assert set(table["id"].to_pylist()) < set(whole[1]["id"].to_pylist())
+
+
 def test_bad_input_is_one_line(encoder, files, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/a.png").write_text("x")
