@@ -42,9 +42,11 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--source", default="folder", help="which data set's layout the input has (default: folder)")
     add("--input", required=True, nargs="+", action="extend", type=Path, metavar="PATH", dest="inputs")
-    add("--columns", type=_mapping, default={}, metavar="OURS=THEIRS,...",
+    add("--columns", type=mapping, default={}, metavar="OURS=THEIRS,...",
         help="columns of the folder's labels.csv, as in patient_id=PatNr,label_cancer=malign")  # fmt: skip
-    add("--dataset", default="", help="name in the index and in the ids (default: the source's)")
+    add("--dataset", default="",
+        help="name in the index and in the ids (default: the source's); builds and embed give equal ids "
+        "where --key, --dataset, --columns and --input are equal")  # fmt: skip
     add("--previous", nargs="+", type=Path, default=(), metavar="DIR",
         help="earlier deliveries of the same archive: their patients keep their splits")  # fmt: skip
     add("--dask", metavar="ADDRESS", help="run on a Dask scheduler; local: on a cluster of --workers here")
@@ -163,7 +165,7 @@ _shares = _checked(
     lambda v: len(v) == 3 and min(v) >= 0 and abs(sum(v) - 1) < 1e-6,
     "three shares that sum to 1, as in 0.7,0.1,0.2",
 )
-_mapping = _checked(
+mapping = _checked(
     lambda text: dict(part.split("=", 1) for part in text.split(",")), bool, "OURS=THEIRS pairs"
 )
 

@@ -8,6 +8,7 @@ again; the bytes are those of a build that was not. Everything that knows a path
 import fcntl
 import functools
 import importlib
+import itertools
 import json
 import logging
 import pkgutil
@@ -118,16 +119,16 @@ def locked(output: Path, local: Path) -> Iterator[None]:
         (local / "lock").touch()
     except OSError as error:
         raise UserError(f"cannot write to {output} ({error.strerror}); give another --output") from error
-    try:
-        with open(local / "lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"another run is writing {output}; wait for it") from error
+    with open(local / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another run is writing {output}; wait for it") from error
+        try:
             yield
-    finally:
-        with suppress(OSError):
-            output.rmdir()  # an empty folder: the build failed
+        finally:
+            with suppress(OSError):
+                output.rmdir()  # an empty folder: the build failed
 
 
 def _write_shards(chunks: dict[Path, list[Planned]], write: Callable, run: Callable, failed: int) -> None:
@@ -281,16 +282,18 @@ def _relabel(output: Path, local: Path, planned: list[Planned], listing: Listing
     return prep["counts"]
 
 
-def list_inputs(options: BuildOptions, local: Path) -> Listing:
-    """What the source lists, in the order of names, so that the order of --input makes no difference."""
+def list_inputs(options: BuildOptions, *written: Path) -> Listing:
+    """What the source lists, in the order of names, so that the order of --input makes no difference.
+
+    Raises:
+      UserError: bad inputs, or the output or one of the folders `written` lies in one.
+    """
     source = _source(options.source)
     if options.columns and options.source != "folder":
         raise UserError(f"--columns is for --source folder; {options.source} has its own columns")
-    for path in map(Path, options.inputs):
-        if path.is_dir() and any(o.resolve().is_relative_to(path.resolve()) for o in (options.output, local)):
-            raise UserError(
-                f"output {options.output} lies in the input {path}, of which it would become a part"
-            )
+    for path, output in itertools.product(map(Path, options.inputs), (options.output, *written)):
+        if path.is_dir() and output.resolve().is_relative_to(path.resolve()):
+            raise UserError(f"output {output} lies in the input {path}, of which it would become a part")
     extra = (options.columns,) if options.columns else ()
     listing = source.list_files([Path(p) for p in options.inputs], *extra)
     listing.rows.sort(key=lambda row: row.name)
@@ -368,8 +371,15 @@ def _scan_headers(rows: list[Row], settings: Settings, run: Callable) -> tuple[d
         [(row.path, row.reject) for row in rows[i : i + _SCAN_CHUNK]]
         for i in range(0, len(rows), _SCAN_CHUNK)
     ]
+    scan_chunk = functools.partial(_scan_chunk, settings=settings)
+
+    def died(chunk: list) -> list[Header | Reject]:
+        if len(chunk) == 1:
+            return [Reject("crashed")]
+        return [one for part in run(scan_chunk, [[file] for file in chunk], died=died) for one in part]
+
     with tqdm(total=len(rows), desc="headers", unit="file", mininterval=1) as bar:
-        for part in run(functools.partial(_scan_chunk, settings=settings), chunks):
+        for part in run(scan_chunk, chunks, died=died):
             found += part
             bar.update(len(part))
     headers = {number: header for number, header in enumerate(found) if isinstance(header, Header)}

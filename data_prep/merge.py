@@ -139,8 +139,8 @@ def write_tables(output: Path, groups: Iterable[list[dict]], planned: dict[int, 
     for name, temporary in names.items():
         temporary.replace(output / f"{name}.parquet")
     unknown = {"classes": None, "rule": "as given in labels.csv", "level": "image"}
-    _write_json(output / "labels.json", {name: listing.labels.get(name, unknown) for name in label_names})
-    _write_json(output / "prep.json", prep)
+    write_json(output / "labels.json", {name: listing.labels.get(name, unknown) for name in label_names})
+    write_json(output / "prep.json", prep)
 
 
 def _place_shards(output: Path, parts: dict[Path, tuple[str, int]]) -> dict[str, list[int]]:
@@ -182,7 +182,7 @@ def write_lines(path: Path, lines: list[dict]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def _write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     temporary.replace(path)

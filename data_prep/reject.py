@@ -24,6 +24,7 @@ REASONS = {  # by code
     "empty_tissue": "No tissue found.",
     "tissue_fraction": "Too little tissue to be a breast.",
     "low_contrast": "Hardly any grey levels in the tissue.",
+    "crashed": "Reading it ended the process, as where memory does not suffice.",
     "failed": "An error of this program; please report it.",
 }
 

@@ -27,10 +27,12 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data_prep import merge
+from data_prep.__main__ import mapping
 from data_prep.build import BuildOptions, Earlier, describe, list_inputs, locked, plan_inputs
 from data_prep.executors import executor
-from data_prep.identity import load_key
-from data_prep.plan import Listing, Planned, count_by
+from data_prep.identity import hash_id, load_key
+from data_prep.plan import Listing, Planned, count_by, reject_line
+from data_prep.reject import Reject
 from data_prep.settings import PRESETS, Settings
 from data_prep.shards import make_records
 from mammodino_jax import __version__
@@ -92,12 +94,13 @@ def embed(encoder, options: BuildOptions, long_side: int = 0, batch_size: int = 
 
     Args:
       encoder: as in encoder.py.
-      options: inputs, output, workers, dataset, key and settings are used.
+      options: inputs, output, columns, workers, dataset, key and settings are used.
       long_side: of the encoder's input in pixels; 0: the encoder's own.
       batch_size: images at once; 0: as many as memory allows, at most BATCH a device, and 1 on a CPU.
       per_slice: a row a slice of a volume.
-      images: folder for the encoder's inputs, as <image id>.png; its features of such a picture, with the
-        picture as the whole canvas, are the row's.
+      images: folder for the encoder's inputs, as <id>.png, and slices of a volume that is one row as
+        <id>-<slice index>.png. The encoder's features of an image's picture, with the picture as the whole
+        canvas, are the row's.
 
     Returns:
       {"rows", "inputs": number of files, "parts", "kept": parts that an earlier run had finished,
@@ -119,14 +122,17 @@ def embed(encoder, options: BuildOptions, long_side: int = 0, batch_size: int = 
         check_long_side(long_side, encoder.patch_size)
     if images and images.exists() and not images.is_dir():
         raise UserError(f"--save-images {images}: expected a folder")
-    listing = list_inputs(options, local)
+    listing = list_inputs(options, local, *([images] if images else []))
     dataset = options.dataset or options.source
     key = load_key(options.key, output, local)
     earlier = Earlier((), key, dataset)
     prep = describe(options, dataset, listing, key, earlier)
+    times = [row.path.is_file() and row.path.stat().st_mtime_ns for row in listing.rows]
     about = {
         "encoder": encoder.name, "fingerprint": encoder.fingerprint, "long_side": long_side,
-        "per_slice": per_slice, "save_images": images is not None, "inputs": prep["inputs"],
+        "no_release": encoder.provenance.get("no_release", []), "per_slice": per_slice,
+        "save_images": str(images.resolve()) if images else "",
+        "inputs": hash_id(key, dataset, "inputs", f"{prep['inputs']} {times}"),
         "part": PART, "version": __version__,
     } | {f"preprocessing.{name}": value for name, value in prep["settings"].items()}  # fmt: skip
     with locked(output, local):
@@ -144,6 +150,7 @@ def embed(encoder, options: BuildOptions, long_side: int = 0, batch_size: int = 
             work = functools.partial(
                 read_records, settings=options.settings, dataset=dataset, key=key, folder=Path(folder)
             )
+            run = functools.partial(run, died=functools.partial(_crashed, folder=Path(folder)))
             fit = batches_of(encoder)
             pad = encoder.patch_size if encoder.vit else 1  # a ViT's images end in whole patches
             most = 1 if jax.default_backend() == "cpu" else BATCH * jax.local_device_count()
@@ -155,12 +162,12 @@ def embed(encoder, options: BuildOptions, long_side: int = 0, batch_size: int = 
             with tqdm(total=len(planned), desc="images", unit="image", mininterval=1) as bar:
                 bar.update(len(planned) - sum(map(len, todo.values())))
                 for path, ready in zip(todo, _ahead(run, work, list(todo.values())), strict=True):
-                    features = _features(ready, extractor, long_side, images, pad)
+                    features = _features(ready, extractor, long_side, images, pad, per_slice)
                     _write_part(path, ready, features, per_slice, long_side)
                     bar.update(len(ready))
         done = _finish(output, local, list(parts), rejects, listing, about)
         done |= {"inputs": len(listing.rows), "parts": len(parts)}
-        (local / "embed.json").write_text(json.dumps({"about": about, "done": done}, indent=1))
+        merge.write_json(local / "embed.json", {"about": about, "done": done})
         shutil.rmtree(local / "parts")
     return done | {"kept": len(parts) - len(todo)}
 
@@ -171,13 +178,18 @@ def _earlier_run(output: Path, path: Path, about: dict) -> dict:
     if not path.is_file():
         if output.exists():
             raise UserError(f"{output} exists and was not written by embed; give another --output")
-        path.write_text(json.dumps({"about": about, "done": {}}, indent=1))
+        merge.write_json(path, {"about": about, "done": {}})
         return {}
-    earlier = json.loads(path.read_text())
+    try:
+        earlier = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); to begin again delete {output} and {path.parent}"
+        ) from error
     for name, value in json.loads(json.dumps(about)).items():
         if name != "encoder" and (old := earlier["about"].get(name)) != value:
             what = f"{name}: {old} there, {value} now"
-            what = "inputs (files, sizes, tables, key)" if name == "inputs" else what
+            what = "inputs (files, sizes, times, tables, key)" if name == "inputs" else what
             raise UserError(
                 f"{output} was begun with other {what}; give another --output, or delete it and {path.parent}"
             )
@@ -230,7 +242,14 @@ def read_records(p: Planned, settings: Settings, dataset: str, key: bytes, folde
     return {"rows": [row for row, _ in found], "path": path, "files": files, "rejects": rejects, "used": used}
 
 
-def _features(ready: list[dict], extractor, long_side: int, images: Path | None, pad: int) -> dict:
+def _crashed(p: Planned, folder: Path) -> dict:
+    """What read_records would have returned of files that kill the process that reads them."""
+    rejects = [reject_line(m.number, m.row, Reject("crashed")) for m in p.members or [p]]
+    return {"rows": [], "path": folder / f"{p.number}.u8", "files": [], "rejects": rejects, "used": []}
+
+
+def _features(ready: list[dict], extractor, long_side: int, images: Path | None, pad: int,
+              per_slice: bool) -> dict:  # fmt: skip
     """f32 {"cls", "mean": [n, D]} of all slices of a part; their pictures, padded to multiples of `pad`, go
     to `images`. Its batches are its own, so a part has the same bits however often a run was interrupted."""
     from mammodino_jax.data.eval import make_eval_batches
@@ -255,8 +274,10 @@ def _features(ready: list[dict], extractor, long_side: int, images: Path | None,
             if place >= 0:
                 height, width = -(-batch["size"][i] // pad) * pad
                 r, s = slices[place]
-                file = images / f"{r['rows'][s]['image_id']}.png"
-                if not cv2.imwrite(str(file), batch["image"][i, :height, :width]):
+                row = r["rows"][s]
+                whole = row["volume_id"] and not per_slice
+                name = f"{row['volume_id']}-{row['slice_index']}" if whole else row["image_id"]
+                if not cv2.imwrite(str(images / f"{name}.png"), batch["image"][i, :height, :width]):
                     raise UserError(f"cannot write to {images}; give another --save-images")
     return found
 
@@ -274,7 +295,7 @@ def _write_part(path: Path, ready: list[dict], features: dict, per_slice: bool, 
             said["files"].append(file | {"ids": ids})
         said["rejects"] += r["rejects"]
         said["used"] += r["used"]
-        r["path"].unlink()
+        r["path"].unlink(missing_ok=True)
     path.with_suffix(".json").write_text(json.dumps(said))
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
@@ -300,7 +321,8 @@ def _finish(output: Path, local: Path, parts: list[Path], rejects: list[dict], l
             about: dict) -> dict:  # fmt: skip
     """Finished parts -> output, manifest and rejects, part by part."""
     failed, used, seen, count = {r["number"]: r for r in rejects}, set(), {}, 0
-    table, schema = local / "table.tmp", SCHEMA.with_metadata({"mammodino_jax.embed": json.dumps(about)})
+    shared = json.dumps(about | {"save_images": bool(about["save_images"])})  # without its path
+    table, schema = local / "table.tmp", SCHEMA.with_metadata({"mammodino_jax.embed": shared})
     place = SCHEMA.get_field_index("duplicate_of")
     with pq.ParquetWriter(table, schema) as writer, open(local / "manifest.jsonl", "w") as manifest:
         for path in parts:
@@ -355,9 +377,11 @@ def _write_npz(table: Path, rows: int, output: Path) -> None:
                         )
                         npy.write_array_header_1_0(file, header)
                     file.write(values.tobytes())
-        with archive.open("about.npy", "w") as file:
-            about = source.schema_arrow.metadata[b"mammodino_jax.embed"].decode()
-            npy.write_array(file, np.array(about), allow_pickle=False)
+        about = source.schema_arrow.metadata[b"mammodino_jax.embed"].decode()
+        no_release = np.array(json.loads(about)["no_release"], str)
+        for name, value in {"about": np.array(about), "no_release": no_release}.items():
+            with archive.open(f"{name}.npy", "w") as file:
+                npy.write_array(file, value, allow_pickle=False)
 
 
 def _plain(column: pa.ChunkedArray) -> np.ndarray:
@@ -382,7 +406,11 @@ def main(argv=None) -> None:
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes that read files")
     add("--per-slice", action="store_true", help="a row a slice instead of a row a tomosynthesis volume")
     add("--save-images", type=Path, metavar="DIR", help="write the encoder's inputs as 8-bit PNG files, too")
-    add("--dataset", default="", help="name in the ids, as in data_prep build (default: folder)")
+    add("--columns", type=mapping, default={}, metavar="OURS=THEIRS,...",
+        help="of a folder's labels.csv, as in data_prep build; without it: --input DIR/*.dcm")  # fmt: skip
+    add("--dataset", default="",
+        help="name in the ids (default: folder); they are those of a build where --key, --dataset, --columns "
+        "and --input are equal")  # fmt: skip
     add("--key", metavar="FILE", help="key of the ids (default: ~/.config/mammodino/key)")
     args = parser.parse_args(argv)
     for name in ("long_side", "batch_size"):
@@ -400,6 +428,10 @@ def main(argv=None) -> None:
         print(f"{done['kept']} of {done['parts']} parts were there already")
     rejects = ", ".join(f"{n} {code}" for code, n in done["rejects"].items()) or "none"
     print(f"wrote {done['rows']} rows from {done['inputs']} files to {args.output}; rejected: {rejects}")
+    if forbidding := encoder.provenance.get("no_release"):
+        print(
+            f"the encoder was trained on {', '.join(forbidding)}: the terms forbid publishing these features"
+        )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from mammodino_jax.data import records
-from mammodino_jax.data.eval import make_eval_batches
+from mammodino_jax.data.eval import check_long_side, make_eval_batches
 from mammodino_jax.data.index import open_split
 from mammodino_jax.errors import UserError, run_command
 from mammodino_jax.evaluate.features import (
@@ -48,12 +48,12 @@ def choose(folder: Path, count: int) -> list[Picture]:
     """Records that show the most of a data set: kinds and views in turn, other patients, findings first.
 
     A tomosynthesis volume is shown by the slice of its finding, or its middle one. The test split comes
-    first, then val, then train.
+    first, then val, then train. Duplicates and flagged records are left out, as by `read_rows`.
 
     Raises:
-      UserError: the folder is no built data set.
+      UserError: the folder is no built data set, or has no record to show.
     """
-    records.read_prep(folder)
+    usable = set(read_rows([folder]).columns["image_id"])
     findings = Path(folder) / "findings.parquet"
     found = {}
     if findings.is_file():
@@ -68,7 +68,8 @@ def choose(folder: Path, count: int) -> list[Picture]:
             middle = (row["num_slices"] or 0) // 2
             if finding and finding["slice_index"] is not None:
                 middle = finding["slice_index"]
-            if row["kind"] != "dbt" or row["slice_index"] == middle:
+            shown = row["kind"] != "dbt" or row["slice_index"] == middle
+            if shown and row["image_id"] in usable:
                 candidates.append((shards, place, row, finding is None))
     chosen, used = [], {}
     while candidates and len(chosen) < count:
@@ -79,6 +80,8 @@ def choose(folder: Path, count: int) -> list[Picture]:
         for key in keys[best]:
             used[key] = used.get(key, 0) + 1
         chosen.append(Picture(shards.read(place), row))
+    if not chosen:
+        raise UserError(f"{folder} has no image to show: the middle slices are all duplicates or flagged")
     return chosen
 
 
@@ -205,8 +208,6 @@ def neighbours(encoder, rows: Rows, pictures: list[Picture], long_side: int, cac
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     places = {name: i for i, name in enumerate(rows.columns["image_id"])}
     for picture in pictures:
-        if picture.row["image_id"] not in places:
-            continue  # flagged, or a duplicate
         item = items.item[places[picture.row["image_id"]]]
         others = np.flatnonzero(items.patient != items.patient[item])
         cosine = x[others] @ x[item]
@@ -308,11 +309,11 @@ def main(argv=None) -> None:
     from mammodino_jax.evaluate.entries import mismatch
 
     encoder = load_encoder(args.encoder)
+    long_side = args.long_side or default_long_side(encoder)
+    if encoder.vit:
+        check_long_side(long_side, encoder.patch_size)
     args.output.mkdir(parents=True, exist_ok=True)
-    draw = functools.partial(
-        write_page, encoder, output=args.output, count=args.images,
-        long_side=args.long_side or default_long_side(encoder),
-    )  # fmt: skip
+    draw = functools.partial(write_page, encoder, output=args.output, count=args.images, long_side=long_side)
     if args.data:
         settings = records.read_prep(args.data).get("settings", {})
         differ = mismatch(encoder.made_for, settings)

@@ -128,7 +128,11 @@ def test_features_are_those_that_evaluate_gives_the_records_of_a_build(whole, en
 
 def test_the_saved_picture_gives_the_features_of_its_row(whole, encoder):
     folder, table, _ = whole
-    assert len(list((folder / "png").iterdir())) == sum(n or 1 for n in table["num_slices"].to_pylist())
+    expected = {
+        name for row in table.to_pylist() for name in
+        ([f"{row['id']}-{i}" for i in range(row["num_slices"])] if row["kind"] == "dbt" else [row["id"]])
+    }  # fmt: skip
+    assert {p.stem for p in (folder / "png").iterdir()} == expected
     for row in table.slice(0, 4).to_pylist() + [r for r in table.to_pylist() if r["kind"] != "dbt"][:2]:
         if row["kind"] != "dbt":
             image = cv2.imread(str(folder / f"png/{row['id']}.png"), cv2.IMREAD_UNCHANGED)
@@ -235,6 +239,72 @@ def test_another_encoder_size_or_input_on_the_same_output_is_refused(encoder, fi
         embed(encoder, dataclasses.replace(options, output=tmp_path / "mine.npz"), LONG_SIDE)
 
 
+def test_pictures_go_to_one_folder_outside_the_inputs(encoder, files, tmp_path):
+    (tmp_path / "in").mkdir()
+    shutil.copy(files / "picture.png", tmp_path / "in")
+    options = BuildOptions((tmp_path / "in",), tmp_path / "f.parquet")
+    with pytest.raises(UserError, match=r"in/png lies in the input"):
+        embed(encoder, options, LONG_SIDE, images=tmp_path / "in/png")
+    assert not (tmp_path / "f.parquet.local").exists()
+    for _ in range(2):
+        embed(encoder, options, LONG_SIDE, images=tmp_path / "a")
+    with pytest.raises(UserError, match=r"other save_images: \S+/a there, \S+/b now"):
+        embed(encoder, options, LONG_SIDE, images=tmp_path / "b")
+    assert str(tmp_path).encode() not in (tmp_path / "f.parquet").read_bytes()
+
+
+def test_changed_files_and_a_broken_description_are_noticed(encoder, files, tmp_path):
+    shutil.copy(files / "picture.png", tmp_path / "a.png")
+    options = BuildOptions((tmp_path / "a.png",), tmp_path / "f.parquet")
+    embed(encoder, options, LONG_SIDE)
+    said = tmp_path / "f.parquet.local/embed.json"
+    assert not list(said.parent.glob("*.tmp"))
+    os.utime(tmp_path / "a.png", ns=(1, 1))  # written again, as long as before
+    with pytest.raises(UserError, match=r"other inputs \(files, sizes, times"):
+        embed(encoder, options, LONG_SIDE)
+    said.write_text(said.read_text()[:50])
+    with pytest.raises(UserError, match=r"embed\.json cannot be read .* to begin again delete"):
+        embed(encoder, options, LONG_SIDE)
+
+
+def test_a_table_with_other_columns_is_mapped_as_in_a_build(encoder, files, tmp_path):
+    (tmp_path / "in").mkdir()
+    shutil.copy(files / "picture.png", tmp_path / "in")
+    (tmp_path / "in/labels.csv").write_text("Bild,PatNr,Arzt\npicture.png,77,Dr. X\n")
+    options = BuildOptions((tmp_path / "in",), tmp_path / "f.npz")
+    with pytest.raises(UserError, match="expected a column file"):
+        embed(encoder, options, LONG_SIDE)
+    command = ["--encoder", "E", "--input", str(tmp_path / "in"), "--workers", "1", "--long-side", "56",
+               "--columns", "file=Bild,patient_id=PatNr"]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mammodino_jax.encoder.load_encoder", lambda spec: encoder)
+        module.main([*command, "--output", str(options.output)])
+    columns = {"file": "Bild", "patient_id": "PatNr"}
+    build(dataclasses.replace(options, output=tmp_path / "data", columns=columns))
+    index = pq.read_table(tmp_path / "data/index.parquet").to_pylist()
+    with np.load(options.output) as f:
+        assert [(r["image_id"], r["patient_id"]) for r in index] == [(f["id"][0], f["patient_id"][0])]
+
+
+read_records = module.read_records
+
+
+def die_of_one(p, **settings):
+    return os._exit(9) if p.row.name == "picture.png" else read_records(p, **settings)
+
+
+@pytest.mark.slow
+def test_a_file_that_kills_its_process_is_rejected(whole, encoder, files, tmp_path, monkeypatch):
+    """A process of the pool, and then one of its own."""
+    monkeypatch.setattr(module, "read_records", die_of_one)
+    done = embed(encoder, BuildOptions((files,), tmp_path / "f.parquet", workers=2), LONG_SIDE)
+    assert done["rejects"] == whole[2]["rejects"] | {"crashed": 1} and done["rows"] == whole[2]["rows"] - 1
+    found = {Path(r["path"]).name: r["code"] for r in lines(tmp_path / "f.parquet.local/rejects.jsonl")}
+    assert found["picture.png"] == "crashed"
+    table = pq.read_table(tmp_path / "f.parquet")
+    assert set(table["id"].to_pylist()) < set(whole[1]["id"].to_pylist())
+
+
 def test_bad_input_is_one_line(encoder, files, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/a.png").write_text("x")
@@ -288,6 +358,19 @@ def test_the_command(files, tmp_path, capsys, monkeypatch, encoder):
         assert f["dataset"].tolist() == ["d"] and f["coverage"].tolist() == [1.0]
     with pytest.raises(UserError, match="--batch-size -1"):
         module.main([*command, "--output", str(tmp_path / "g.npz"), "--batch-size", "-1"])
+
+
+def test_terms_that_forbid_a_release_go_with_the_features(files, tmp_path, capsys, monkeypatch, encoder):
+    forbidding = dataclasses.replace(encoder, provenance={"no_release": ["embed"]})
+    monkeypatch.setattr("mammodino_jax.encoder.load_encoder", lambda spec: forbidding)
+    command = ["--encoder", "E", "--input", str(files / "picture.png"), "--workers", "1", "--long-side", "56"]
+    for name in ("f.npz", "f.parquet"):
+        module.main([*command, "--output", str(tmp_path / name)])
+        assert "trained on embed: the terms forbid publishing these features" in capsys.readouterr().out
+    with np.load(tmp_path / "f.npz") as f:
+        assert f["no_release"].tolist() == ["embed"]
+    about = pq.read_schema(tmp_path / "f.parquet").metadata[b"mammodino_jax.embed"]
+    assert json.loads(about)["no_release"] == ["embed"]
 
 
 def test_windows_of_one_image_are_nearer_than_patients(encoder, files, tmp_path):

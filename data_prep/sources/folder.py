@@ -95,7 +95,10 @@ def _read_labels(path: Path, listed: dict[str, Row], columns: dict[str, str] | N
         for column in cells:
             if not _is_ours(column):
                 hint = suggest(column, _COLUMNS)
-                raise UserError(f"labels.csv: unknown column {column} (not label_<name>).{hint}")
+                raise UserError(
+                    f"labels.csv: unknown column {column} (not label_<name>).{hint} --columns names ours and "
+                    "leaves the others out"
+                )
         row = _find(where, cells["file"], listed)
         if row.name in seen:
             line = seen[row.name].removeprefix("labels.csv ")

@@ -308,10 +308,36 @@ def _die(*_, **__):
 
 @pytest.mark.slow
 def test_a_dying_worker_is_an_error_not_a_hang(tmp_path, exams, monkeypatch):
-    monkeypatch.setattr(build_module, "_scan_chunk", _die)
+    monkeypatch.setattr(build_module, "write_shard", _die)
     with pytest.raises(UserError, match="worker process died"):
         build(BuildOptions((exams,), tmp_path / "out", workers=2))
     assert not (tmp_path / "out").exists()
+
+
+_scan_chunk = build_module._scan_chunk
+
+
+def _die_of_one(files, settings):
+    return _die() if any(path.name == "Smith1-L.dcm" for path, _ in files) else _scan_chunk(files, settings)
+
+
+@pytest.mark.slow
+def test_a_file_that_kills_the_header_scan_is_rejected(tmp_path, exams, monkeypatch):
+    monkeypatch.setattr(build_module, "_scan_chunk", _die_of_one)
+    counts = build(BuildOptions((exams,), tmp_path / "out", workers=2))
+    lines = (tmp_path / "out.local/rejects.jsonl").read_text().splitlines()
+    found = {Path(json.loads(line)["path"]).name: json.loads(line)["code"] for line in lines}
+    assert found == {"broken.dcm": "not_dicom", "Smith1-L.dcm": "crashed"} and counts["records"] == 10
+
+
+def test_a_refused_second_build_leaves_the_first_its_folder(tmp_path):
+    output, local = tmp_path / "out", tmp_path / "out.local"
+    with build_module.locked(output, local):
+        output.mkdir()
+        with pytest.raises(UserError, match="another run is writing"), build_module.locked(output, local):
+            pass
+        assert output.is_dir()
+    assert not output.exists()
 
 
 def test_dry_run_and_inspect(tmp_path, exams, capsys):

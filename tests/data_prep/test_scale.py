@@ -178,7 +178,7 @@ def test_trainval_is_cut_by_the_seed_and_never_test(tmp_path, archive):
         row.split = row.split or "trainval"
     options = BuildOptions((folder,), tmp_path / "out", split=(0.8, 0.2, 0.0))
     earlier = build_module.Earlier((), b"", "x")
-    planned, _ = build_module.plan_inputs(listing, options, earlier, map)
+    planned, _ = build_module.plan_inputs(listing, options, earlier, lambda f, *tasks, died: map(f, *tasks))
     splits = {p.patient: p.split for p in planned}
     assert all((splits[f"P{p}"] == "test") == (p < 5) for p in range(30))
     assert sum(s == "val" for s in splits.values()) == 5

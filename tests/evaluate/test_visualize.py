@@ -24,6 +24,27 @@ def test_choose_gives_what_there_is(labelled, tmp_path):
     assert len(visualize.choose(folder, 99)) == 8
 
 
+def test_choose_leaves_out_what_read_rows_leaves_out(labelled, encoder, tmp_path):
+    content = labelled.items(4)
+    for _, row in content:
+        if row["patient_id"] == "p3" and row["kind"] == "dbt":
+            row["duplicate_of"] = "other"
+        elif row["patient_id"] == "p3" or row["view"] == "CC":
+            row["flags"] = ["mask_suspect"]
+    folder = labelled.write(tmp_path / "d", content)
+    pictures = visualize.choose(folder, 99)
+    assert pictures and {p.row["patient_id"] for p in pictures} == {"p0", "p1", "p2"}
+    assert not any(p.row["flags"] for p in pictures)
+    (tmp_path / "out").mkdir()
+    assert "slices.png" in visualize.write_page(encoder, folder, tmp_path / "out", 3, 56, "")
+    middle = [
+        {**row, "flags": ["mask_suspect"] if row["slice_index"] in (None, 1) else []} for _, row in content
+    ]
+    content = [(image, row) for (image, _), row in zip(content, middle, strict=True)]
+    with pytest.raises(UserError, match="no image to show"):
+        visualize.choose(labelled.write(tmp_path / "e", content), 1)
+
+
 def test_patch_pca_colours_tissue_by_its_largest_directions():
     rng = np.random.default_rng(0)
     group = np.repeat([0, 1], 50)
@@ -143,6 +164,10 @@ def test_the_command_writes_pictures_and_a_page(monkeypatch, data, encoder, tmp_
     assert ("it has no attention to show" in page) != transformer and "http" not in page
     with pytest.raises(UserError, match="--images 0"):
         visualize.main([*command[:-1], "0"])
+    if transformer:
+        with pytest.raises(UserError, match="--long-side 60 is not a positive multiple"):
+            visualize.main([*command[:4], "--output", str(tmp_path / "no"), "--long-side", "60"])
+        assert not (tmp_path / "no").exists()
 
 
 def test_pictures_of_raw_files(monkeypatch, labelled, encoder, tmp_path):
