@@ -69,6 +69,7 @@ def test_line_1_conversions(tmp_path, name):
     encoder = random_encoder(SHAPES[name])
     folder.export(encoder, "hub", tmp_path / "hub", "test")
     hf = convert(tmp_path / "hub", "hf", tmp_path / "hf")
+    (hf / "mammodino.json").unlink()  # read by its names, as the file of another
     back = convert(f"hf:{hf}", "hub", tmp_path / "back")
     a, b = (load_file(path / "model.safetensors") for path in (tmp_path / "hub", back))
     assert a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
