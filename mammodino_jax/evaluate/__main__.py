@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from mammodino_jax import __version__
 from mammodino_jax.errors import UserError, run_command, suggest
@@ -79,6 +80,8 @@ def parse(argv=None) -> argparse.Namespace:
     )
     add("--patches", type=Path, metavar="DIR", help="keep patch tokens here for other runs (4 MB an image "
         "of ViT-B at 1036 px); default: not beyond a run")  # fmt: skip
+    add("--threads", type=int, default=1, help="of linear algebra; more help with tens of thousands of images. "
+        "Those of small fits wait for each other")  # fmt: skip
     args = parser.parse_args(argv)
     if args.draws < 1000:
         raise UserError(f"--draws {args.draws} is too few for a 95 % interval; give 1000 or more")
@@ -142,6 +145,11 @@ def _made(folder: Path) -> Path:
 
 def main(argv=None) -> None:
     args = parse(argv)
+    with threadpool_limits(args.threads):
+        _evaluate(args)
+
+
+def _evaluate(args) -> None:
     benchmark = benchmarks.find(args.benchmark)
     if args.dense and benchmark and not benchmark.dense:
         raise UserError(f"--dense: the findings of {benchmark.title} have no places; leave it out")
