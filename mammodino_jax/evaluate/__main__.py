@@ -80,8 +80,8 @@ def parse(argv=None) -> argparse.Namespace:
     )
     add("--patches", type=Path, metavar="DIR", help="keep patch tokens here for other runs (4 MB an image "
         "of ViT-B at 1036 px); default: not beyond a run")  # fmt: skip
-    add("--threads", type=int, default=1, help="of linear algebra; more help with tens of thousands of images. "
-        "Those of small fits wait for each other")  # fmt: skip
+    add("--threads", type=int, default=1, help="of linear algebra; more help with tens of thousands of "
+        "images; those of small fits wait for each other")  # fmt: skip
     args = parser.parse_args(argv)
     if args.draws < 1000:
         raise UserError(f"--draws {args.draws} is too few for a 95 % interval; give 1000 or more")
