@@ -131,7 +131,8 @@ def answer(
                 ),
             })  # fmt: skip
             if args.few_labels and entry.extractor:
-                few_label.setdefault(entry.name, {})[name] = _few_labels(question, reader, args)
+                draws = probes.DRAWS if name in probes.PROBES else 1  # the others take minutes each
+                few_label.setdefault(entry.name, {})[name] = _few_labels(question, reader, draws, args)
     test = np.concatenate([f.test for f in folds if f.repeat == 0])
     names = dict(enumerate(items.rows.class_names.get(task.label, [])))
     counts = np.bincount(question.label[test], minlength=len(question.classes)).tolist()
@@ -209,14 +210,14 @@ def _run(question: Question, reader: tuple, folds, args):
     return tested, found[1]
 
 
-def _few_labels(question: Question, reader: tuple, args) -> list[dict]:
-    """AUC with labels of a share of the patients that train and choose."""
+def _few_labels(question: Question, reader: tuple, draws: int, args) -> list[dict]:
+    """AUC with labels of a share of the patients that train and choose, drawn so often."""
     curve, repeated = [], any(f.repeat for f in question.folds)
     for share in probes.SHARES:
-        draws = 1 if repeated or share >= 1 else probes.DRAWS
+        times = 1 if repeated or share >= 1 else draws
         folds = [
             dataclasses.replace(few, repeat=few.repeat + draw)
-            for draw in range(draws)
+            for draw in range(times)
             for few in (
                 probes.few(f, question.label, question.patient, share, args.seed + draw)
                 for f in question.folds
