@@ -267,10 +267,10 @@ def _features(ready: list[dict], extractor, long_side: int, images: Path | None,
     for batch in make_eval_batches(read, shapes, **settings):
         for name, x in extractor.function(batch["image"], batch["size"], batch["tissue"], None).items():
             found.setdefault(name, np.zeros((len(slices), x.shape[1]), np.float32))
-            for i, place in enumerate(batch["place"]):
+            for i, place in enumerate(batch["row"]):
                 if place >= 0:
                     found[name][place] = x[i]
-        for i, place in enumerate(batch["place"] if images else ()):
+        for i, place in enumerate(batch["row"] if images else ()):
             if place >= 0:
                 height, width = -(-batch["size"][i] // pad) * pad
                 r, s = slices[place]

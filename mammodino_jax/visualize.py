@@ -131,7 +131,7 @@ def look(encoder, images: list[np.ndarray], long_side: int) -> list[Look]:
         tokens = np.asarray(encoder(batch["image"], batch["size"])["patches"])[0].reshape(*grid, -1)
         seen = attend and np.asarray(attend(batch["image"], batch["size"]))[0].reshape(grid)[inside]
         size = tuple(batch["size"][0].tolist())
-        found[batch["place"][0]] = Look(tokens[inside], batch["tissue"][0][inside], seen, size)
+        found[batch["row"][0]] = Look(tokens[inside], batch["tissue"][0][inside], seen, size)
     return found
 
 

@@ -70,7 +70,7 @@ def make_eval_batches(
 
     Yields:
       image u8 [B, height, width], size i32 [B, 2] that the images take of it, tissue f16 [B, height / patch,
-      width / patch], and place i32 [B]; -1 pads the last batch of a canvas.
+      width / patch], and row i32 [B], the place of each; -1 pads the last batch of a canvas.
 
     Raises:
       UserError: an unreadable record.
@@ -90,12 +90,12 @@ def make_eval_batches(
             "image": np.zeros((B, height, width), np.uint8),
             "size": np.full((B, 2), (height, width), np.int32),
             "tissue": np.zeros((B, height // patch, width // patch), np.float16),
-            "place": np.full(B, -1, np.int32),
+            "row": np.full(B, -1, np.int32),
         }
         for i, place in enumerate(places):
             image = read(place)
             batch["image"][i], batch["tissue"][i] = _place(image, *sizes[place], height, width, patch)
-            batch["size"][i], batch["place"][i] = sizes[place], place
+            batch["size"][i], batch["row"][i] = sizes[place], place
         return batch
 
     dataset = grain.MapDataset.range(0, len(jobs)).map(build)

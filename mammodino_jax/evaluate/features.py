@@ -197,8 +197,8 @@ def _extract(
     total, weight = {}, np.zeros(len(rows), np.float32)
     with tqdm(total=len(owner), desc=f"{name} at {long_side} px", unit="image") as bar:
         for batch in batches:
-            kept = batch["place"] >= 0
-            of = owner[batch["place"]]
+            kept = batch["row"] >= 0
+            of = owner[batch["row"]]
             found = extractor.function(batch["image"], batch["size"], batch["tissue"], mm[of])
             share = batch["tissue"].astype(np.float32).sum(axis=(1, 2)) + 1e-6 if tiles else np.ones(len(of))
             np.add.at(weight, of[kept], share[kept])
@@ -269,7 +269,7 @@ def patch_grids(
         gh, gw = (n // patch for n in batch["image"].shape[1:])
         tokens = np.asarray(encoder(batch["image"], batch["size"])["patches"], np.float16)
         tokens = tokens.reshape(len(tokens), gh, gw, -1)
-        for i, place in enumerate(batch["place"]):
+        for i, place in enumerate(batch["row"]):
             if place >= 0:
                 h, w = -(-batch["size"][i] // patch)
                 scale = long_side / max(shapes[place])
