@@ -115,7 +115,7 @@ def load(path: Path, part: str = "state", names: dict | None = None):
     context.pytree.loading.partial_load = names is not None
     try:
         if names is not None:
-            _check(file, ocp.checkpointables_metadata(file).metadata.get(part), names)
+            _check(file, ocp.metadata(file, checkpointable_name=part).metadata, names)
             names = _here(names)
         with context:
             return ocp.load_checkpointables(file, {part: names})[part]
