@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from scipy.ndimage import binary_dilation, gaussian_filter, maximum_filter
+from scipy.ndimage import binary_dilation
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
@@ -20,6 +20,7 @@ from mammodino_jax.data.crops import box_coverage, integral_image
 from mammodino_jax.data.records import read_prep
 from mammodino_jax.evaluate import intervals
 from mammodino_jax.evaluate.features import mm_per_px, patch_grids
+from mammodino_jax.evaluate.froc import RATES, froc, peaks, suppress
 from mammodino_jax.evaluate.metrics import auc
 
 UNITS = ("image", "volume")
@@ -29,7 +30,6 @@ STRENGTHS = (1e-5, 1e-3, 1e-1)  # C = 1 / L2, chosen by the AUC within validatio
 NORMALS = {"image": 1000, "volume": 100}  # tested units without a lesion, at most
 CLEAR = ("cancer", "cancer_biopsy", "suspicious_birads45", "suspicious_birads5")  # labels of a unit without
 WINDOW = 0.15  # of the height: how far from its own place a patch may look like one of the other breast
-RATES = (1, 2, 3, 4)  # false positives a unit; DBTex averages over these
 SUPPRESS = 0.05  # of the tissue's long side: candidates closer than this to a better one are dropped
 DBT_REACH, DBT_DEPTH = 100, 1 / 4  # DBTex's rule: source px, and share of the volume's slices
 HELD = 256  # records whose patches may be in memory at once
@@ -234,61 +234,6 @@ def contralateral(rows) -> dict[int, int]:
         if others and view is not None:
             found[i] = min(others, key=lambda j: abs(depth[j] - depth[i]))
     return found
-
-
-def peaks(probability, tissue) -> np.ndarray:
-    """Local maxima of the smoothed probability on tissue: (y, x, score) in patches, f64 [c, 3]."""
-    inside = tissue >= 0.5
-    weight = gaussian_filter(inside.astype(float), 1)
-    smooth = gaussian_filter(np.where(inside, probability, 0), 1) / np.maximum(weight, 1e-6)
-    smooth = np.where(inside, smooth, -1)
-    y, x = np.nonzero(inside & (smooth == maximum_filter(smooth, 3)))
-    return np.stack([y + 0.5, x + 0.5, smooth[y, x]], axis=1)
-
-
-def suppress(found_c4, radius: float, depth: float) -> np.ndarray:
-    """Non-maximum suppression of (z, y, x, score): no two that are kept lie within radius and depth."""
-    rest, kept = found_c4[np.argsort(-found_c4[:, 3], kind="stable")], []
-    while len(rest):
-        kept.append(rest[0])
-        far = np.hypot(*(rest[:, 1:3] - rest[0, 1:3]).T) > radius
-        rest = rest[1:][(far | (np.abs(rest[:, 0] - rest[0, 0]) > depth))[1:]]
-    return np.array(kept).reshape(-1, 4)
-
-
-def froc(candidates_c5, truths_k6, weights_Wn, rates=RATES) -> np.ndarray:
-    """Sensitivity at the lowest threshold with no more than so many false positives a unit.
-
-    A candidate hits a lesion of its unit if its centre lies within `reach` of the lesion's, and its slice
-    within `depth`. One that hits no lesion is a false positive; several hits of a lesion count once.
-
-    Args:
-      candidates_c5: (unit, z, y, x, score); units are numbers 0..n-1.
-      truths_k6: (unit, z, y, x, reach, depth).
-      weights_Wn: how often each unit counts; several weightings at once.
-      rates: false positives a unit.
-
-    Returns:
-      f64 [W, len(rates)]; NaN where no lesion counts.
-    """
-    unit_c, score_c = candidates_c5[:, 0].astype(int), candidates_c5[:, 4]
-    false, best_k = np.ones(len(candidates_c5), bool), np.full(len(truths_k6), -np.inf)
-    for k, (unit, z, y, x, reach, depth) in enumerate(truths_k6):
-        mine = np.flatnonzero(unit_c == unit)
-        at = candidates_c5[mine]
-        hit = mine[(np.hypot(at[:, 2] - y, at[:, 3] - x) <= reach) & (np.abs(at[:, 1] - z) <= depth)]
-        false[hit] = False
-        best_k[k] = score_c[hit].max(initial=-np.inf)
-    # a lesion is found at a rate if the false positives that score no lower are no more than that
-    above_nk = np.zeros((weights_Wn.shape[1], len(best_k)))
-    for unit in np.unique(unit_c[false]):
-        scores = np.sort(score_c[false & (unit_c == unit)])
-        above_nk[unit] = len(scores) - np.searchsorted(scores, best_k)
-    rate_Wk = weights_Wn @ above_nk / np.maximum(weights_Wn.sum(axis=1, keepdims=True), 1e-9)
-    counts_Wk = weights_Wn[:, truths_k6[:, 0].astype(int)]
-    found = [counts_Wk * (np.isfinite(best_k) & (rate_Wk <= rate)) for rate in rates]
-    with np.errstate(invalid="ignore"):
-        return np.stack([f.sum(axis=1) for f in found], axis=1) / counts_Wk.sum(axis=1)[:, None]
 
 
 @dataclasses.dataclass

@@ -48,10 +48,11 @@ def dense_probe(args, entries: list) -> dict:
       UserError: no finding of the data has a place.
     """
     rows = entries[0].rows
-    if not len(dense.lesions(rows).record):
+    lesions = dense.lesions(rows)
+    if not len(lesions.record):
         raise UserError("--dense: no finding of the data has a place (findings.parquet); leave it out")
     items = group(rows)
-    located = np.isin(np.arange(len(items.first)), items.item[dense.lesions(rows).record]).astype(int)
+    located = np.isin(np.arange(len(items.first)), items.item[lesions.record]).astype(int)
     if args.folds:
         folds = probes.cross_folds(located, items.patient, args.folds, args.seed, "dense")
     else:

@@ -97,12 +97,12 @@ class Remembered:
         gh, gw = (n // self.patch_size for n in images.shape[1:])
         own = [tuple(-(-n // self.patch_size) for n in size) for size in np.asarray(sizes).tolist()]
         if all(file.is_file() for file in files):
-            kept = [np.load(file) for file in files]
-            cells = np.zeros((len(images), gh, gw, self.dim), np.float32)
-            for i, (found, (h, w)) in enumerate(zip(kept, own, strict=True)):
-                cells[i, :h, :w] = found["patches"]
-            cls = np.stack([found["cls"] for found in kept])
-            return {"cls": cls, "patches": cells.reshape(len(images), gh * gw, -1)}
+            cells, cls = np.zeros((len(images), gh, gw, self.dim), np.float32), []
+            for i, (file, (h, w)) in enumerate(zip(files, own, strict=True)):
+                with np.load(file) as found:
+                    cells[i, :h, :w] = found["patches"]
+                    cls.append(found["cls"])
+            return {"cls": np.stack(cls), "patches": cells.reshape(len(images), gh * gw, -1)}
         out = {name: np.asarray(x) for name, x in self._encoder(images, sizes).items()}
         cells = out["patches"].reshape(len(images), gh, gw, -1).astype(np.float16)
         for i, (file, (h, w)) in enumerate(zip(files, own, strict=True)):

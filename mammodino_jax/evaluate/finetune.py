@@ -88,10 +88,8 @@ class Images:
 
 def images_of(rows: Rows, items: Items, chosen) -> Images:
     """The images of the items at `chosen`, which become items 0..n-1."""
-    place = np.full(len(items.first) + 1, -1)  # the last one: records of no item
-    place[chosen] = np.arange(len(chosen))
     shape = np.stack([rows.columns["height"], rows.columns["width"]], axis=1).astype(int)
-    return Images(rows.image, place[items.item], shape)
+    return Images(rows.image, items.take(chosen).item, shape)
 
 
 def warp(image_HW, size_2, key):

@@ -108,7 +108,7 @@ def read_rows(folders: Sequence[Path], everything: bool = False) -> Rows:
         elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
             columns[name] = column.to_numpy().astype(np.float64)  # null becomes NaN
         else:
-            columns[name] = np.array([*column.to_pylist(), None], object)[:-1]  # lists stay objects
+            columns[name] = _objects(column.to_pylist())  # lists stay objects
     source, place = (columns.pop(name).astype(np.int64) for name in ("source", "place"))
     return Rows(folders, source, place, columns, labels, class_names, levels, left_out)
 
@@ -154,6 +154,11 @@ class Items:
         return found
 
 
+def _objects(values) -> np.ndarray:
+    """[n] objects as they are, lists too: None keeps numpy from making more of them."""
+    return np.array([*values, None], object)[:-1]
+
+
 def units(rows: Rows) -> np.ndarray:
     """Text [r] that slices of one volume share, and no other records: the volume's id, or the image's."""
     volume, image = rows.columns["volume_id"], rows.columns["image_id"]
@@ -179,14 +184,12 @@ def group(rows: Rows, level: str = "image", kinds: Sequence[str] = records.KINDS
             f"{p}/{s or ''}"
             for p, s in zip(rows.columns["patient_id"], rows.columns["study_id"], strict=True)
         ]
-        key = np.array([*study, None], object)[:-1]
+        key = _objects(study)
         if level == "breast":
             side = rows.columns["laterality"]
             asked &= side != None  # noqa: E711
-            key = np.array([f"{k}/{s}" for k, s in zip(key, side, strict=True)] + [None], object)[:-1]
+            key = _objects(f"{k}/{s}" for k, s in zip(key, side, strict=True))
     item, first = np.full(len(rows), -1, np.int64), {}
     for i in np.flatnonzero(asked):
         item[i] = first.setdefault(key[i], (len(first), i))[0]
-    return Items(
-        rows, item, np.array([i for _, i in first.values()], np.int64), np.array([*first, None], object)[:-1]
-    )
+    return Items(rows, item, np.array([i for _, i in first.values()], np.int64), _objects(first))

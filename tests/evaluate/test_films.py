@@ -26,7 +26,7 @@ def test_twin_of_line_3(shared, tmp_path, monkeypatch):
         evaluate.main(
             ["--encoder", "random:nano", "--data", str(tmp_path / "data"), "--benchmark", "minimias", "--folds", "3",
              "--repeats", "2", "--long-side", "98", "196", "--dense", "--shortcuts", "--draws", "1000", "--cache",
-             str(tmp_path / "cache"), "--output", str(tmp_path / output)]
+             str(tmp_path / "cache"), "--patches", str(tmp_path / "patches"), "--output", str(tmp_path / output)]
         )  # fmt: skip
         found = json.loads((tmp_path / output / "results.json").read_text())
         del found["command"]  # names the output folder
@@ -35,6 +35,7 @@ def test_twin_of_line_3(shared, tmp_path, monkeypatch):
     first = run("first")
     monkeypatch.setattr("mammodino_jax.encoder.Encoder.__call__", None)  # the second run encodes nothing
     assert run("again") == first
+    assert len(list((tmp_path / "patches").iterdir())) >= 2 * 20  # kept for other runs, at both sizes
     assert [t["task"] for t in first["tasks"]][:2] == ["density (fatty, glandular, dense)", "abnormality"]
     density = {(r["features"], r["probe"]): r["metrics"]["auc"] for r in first["tasks"][0]["rows"]}
     assert density["hand-made @ 196", "linear"]["value"] > density["majority class", "none"]["value"] == 0.5
