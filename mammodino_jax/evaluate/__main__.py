@@ -87,14 +87,14 @@ def parse(argv=None) -> argparse.Namespace:
         raise UserError(f"--draws {args.draws} is too few for a 95 % interval; give 1000 or more")
     if args.repeats < 1:
         raise UserError(f"--repeats {args.repeats}: expected 1 or more")
-    if args.batch_size < 0 or ("finetune" in args.probes and args.batch_size and 32 % args.batch_size):
-        raise UserError(
-            f"--batch-size {args.batch_size}: expected a number above 0, a part of 32 for finetune"
-        )
     args.probes = tuple(args.probes.split(","))
     for name in args.probes:
         if name not in PROBES:
             raise UserError(f"unknown probe {name!r}.{suggest(name, PROBES)} Known: {', '.join(PROBES)}")
+    if args.batch_size < 0 or ("finetune" in args.probes and args.batch_size and 32 % args.batch_size):
+        raise UserError(
+            f"--batch-size {args.batch_size}: expected a number above 0, a part of 32 for finetune"
+        )
     args.parts = PARTS[args.features]
     words = sys.argv[1:] if argv is None else argv
     args.command = shlex.join(["python", "-m", "mammodino_jax.evaluate", *map(str, words)])

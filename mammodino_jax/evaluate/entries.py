@@ -131,7 +131,7 @@ def seen_in_pretraining(encoder, rows: Rows, tested: np.ndarray, transductive: b
     Raises:
       UserError: it saw some, and `transductive` is not set.
     """
-    if encoder.kind == "random" or encoder.name.startswith("random:"):
+    if encoder.kind == "random":
         return ""
     unknown = "pretraining patients unknown"
     if not encoder.provenance:
