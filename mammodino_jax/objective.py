@@ -11,6 +11,7 @@ from mammodino_jax import losses
 from mammodino_jax.augment import photometric, photometric_pairs
 from mammodino_jax.model.head import bind
 from mammodino_jax.recipe import Recipe
+from mammodino_jax.sharding import spread_rows
 
 
 def make_views(batch: dict, recipe: Recipe) -> dict:
@@ -181,12 +182,12 @@ def move_centers(center: dict, sums: dict) -> dict:
     return {name: losses.update_center(center[name], *sums[name]) for name in center}
 
 
-def gradients(state: dict, batch: dict, key, values: dict, recipe: Recipe, constrain=lambda x: x):
+def gradients(state: dict, batch: dict, key, values: dict, recipe: Recipe, mesh=None):
     """Gradients, new centers and metrics of a uint8 batch, in `recipe.accumulate` micro-batches.
 
     Micro-batch m holds rows m * B/n to (m + 1) * B/n - 1. All of them see the centers of the step's start, so
     n micro-batches equal one batch of n times the size where nothing couples images but the centers
-    (centering, no drop-path, `koleo_group` a micro-batch). `constrain` lays [n, B/n, ...] over the devices.
+    (centering, no drop-path, `koleo_group` a micro-batch).
     """
     step = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -202,7 +203,7 @@ def gradients(state: dict, batch: dict, key, values: dict, recipe: Recipe, const
         grads, sums, metrics = one(batch, key)
     else:
         needed = {k: v for k, v in batch.items() if not k.startswith("count/")}
-        micro = constrain({k: v.reshape(n, -1, *v.shape[1:]) for k, v in needed.items()})
+        micro = spread_rows({k: v.reshape(n, -1, *v.shape[1:]) for k, v in needed.items()}, mesh)
         keys = None if key is None else jax.random.split(key, n)
 
         def add(total, xs):

@@ -45,7 +45,9 @@ def put_batch(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
     return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, rows), batch)
 
 
-def spread_rows(mesh):
-    """A function that lays the second axis of [micro-batches, rows, ...] arrays over all devices."""
+def spread_rows(tree, mesh):
+    """Lay the second axis of [micro-batches, rows, ...] arrays over all devices of a mesh (None: one device)."""
+    if mesh is None:
+        return tree
     rows = NamedSharding(mesh, P(None, *ROWS))
-    return lambda tree: jax.lax.with_sharding_constraint(tree, jax.tree.map(lambda _: rows, tree))
+    return jax.lax.with_sharding_constraint(tree, jax.tree.map(lambda _: rows, tree))

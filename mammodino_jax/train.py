@@ -29,7 +29,7 @@ from mammodino_jax.optimizer import adam, adamw_update, clip_by_module
 from mammodino_jax.pictures import draw_batch
 from mammodino_jax.recipe import Recipe, check_devices, from_config
 from mammodino_jax.schedules import Cosine, scaled_lr
-from mammodino_jax.sharding import make_mesh, put_batch, spread_rows, state_shardings
+from mammodino_jax.sharding import make_mesh, put_batch, state_shardings
 
 
 def init_state(recipe: Recipe, loaded: dict | None = None) -> dict:
@@ -86,13 +86,16 @@ def apply_gradients(
     return {"step": step, "student": student, "teacher": teacher, "opt": opt, "center": center}, norms
 
 
-def train_step(state: dict, batch: dict, *, recipe: Recipe, constrain=lambda x: x) -> tuple[dict, dict]:
-    """One step on a uint8 batch; one that is not finite keeps all but the step number (metric `bad`)."""
+def train_step(state: dict, batch: dict, *, recipe: Recipe, mesh=None) -> tuple[dict, dict]:
+    """One step on a uint8 batch; one that is not finite keeps all but the step number (metric `bad`).
+
+    `mesh` is the one that state and batch lie on; None: a single device.
+    """
     step = state["step"]
     values = schedule(recipe, step)
     # drop-path draws by step; photometrics by sample (make_views), so neither depends on the device count
     key = jax.random.fold_in(jax.random.key(recipe.seed + 1), step) if recipe.model.drop_path else None
-    grads, center, metrics = gradients(state, batch, key, values, recipe, constrain)
+    grads, center, metrics = gradients(state, batch, key, values, recipe, mesh)
     new, norms = apply_gradients(state, grads, center, values, recipe)
     finite = jnp.isfinite(metrics["loss"])
     for norm in norms.values():
@@ -162,21 +165,32 @@ def starting_point(recipe: Recipe, workdir: Path, start: int) -> tuple[dict | No
     return loaded, provenance.join(seen, provenance.inherited(c.weights, c.heads))
 
 
-def start_or_resume(recipe: Recipe, mesh, checkpoints: Checkpoints, loaded: dict | None = None):
-    """The state to go on from (the newest checkpoint's, else step 0) and the compiled train step."""
+def abstract_state(recipe: Recipe, mesh) -> dict:
+    """Shapes, dtypes and shardings of the train state; nothing is allocated."""
     abstract = jax.eval_shape(functools.partial(init_state, recipe))
-    shardings = state_shardings(abstract, mesh)
-    replicated = NamedSharding(mesh, P())
-    step_fn = jax.jit(
-        functools.partial(train_step, recipe=recipe, constrain=spread_rows(mesh)),
-        donate_argnums=0, out_shardings=(shardings, replicated),
-    )  # fmt: skip
-    if checkpoints.latest is None:
-        return jax.jit(functools.partial(init_state, recipe), out_shardings=shardings)(loaded), step_fn
-    target = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        abstract,
+        state_shardings(abstract, mesh),
     )
-    return checkpoints.restore(target), step_fn
+
+
+def jit_step(recipe: Recipe, mesh):
+    """`train_step` as it runs: on the mesh, with its state donated."""
+    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(recipe, mesh))
+    return jax.jit(
+        functools.partial(train_step, recipe=recipe, mesh=mesh),
+        donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())),
+    )  # fmt: skip
+
+
+def start_or_resume(recipe: Recipe, mesh, checkpoints: Checkpoints, loaded: dict | None = None) -> dict:
+    """The state to go on from: the newest checkpoint's, else step 0."""
+    target = abstract_state(recipe, mesh)
+    if checkpoints.latest is None:
+        shardings = jax.tree.map(lambda a: a.sharding, target)
+        return jax.jit(functools.partial(init_state, recipe), out_shardings=shardings)(loaded)
+    return checkpoints.restore(target)
 
 
 def train(config, workdir: str) -> dict:
@@ -209,7 +223,7 @@ def train(config, workdir: str) -> dict:
         (workdir / "config.json").write_text(json.dumps(_jsonable(config), indent=1))
     logging.info("process %d of %d, devices: %s", jax.process_index(), jax.process_count(), jax.devices())
     checkpoints = Checkpoints(workdir / "checkpoints", keep=recipe.run.keep_checkpoints)
-    state, step_fn = start_or_resume(recipe, mesh, checkpoints, loaded)
+    state, step_fn = start_or_resume(recipe, mesh, checkpoints, loaded), jit_step(recipe, mesh)
     if int(state["step"]) != start:
         raise UserError(
             f"the newest checkpoint holds step {int(state['step'])}, its folder's name says {start}"

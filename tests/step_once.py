@@ -34,9 +34,9 @@ def main(config_path, batch_path, out_path, devices, fsdp):
     shardings = sharding.state_shardings(state, mesh)
     state = jax.device_put(state, shardings)
     batch = sharding.put_batch(dict(np.load(batch_path)), mesh)
-    new, metrics = jax.jit(functools.partial(train_step, recipe=recipe), out_shardings=(shardings, None))(
-        state, batch
-    )
+    new, metrics = jax.jit(
+        functools.partial(train_step, recipe=recipe, mesh=mesh), out_shardings=(shardings, None)
+    )(state, batch)
     out = {f"metric/{k}": np.asarray(v) for k, v in metrics.items()}
     out |= {f"student/{k}": v for k, v in to_hub(jax.device_get(new["student"])).items()}
     out |= {f"mu/{k}": v for k, v in to_hub(jax.device_get(new["opt"].mu)).items()}
