@@ -10,6 +10,9 @@ from mammodino_jax.errors import UserError
 
 config_flags.DEFINE_config_file("config", None, "Recipe, e.g. configs/vitb14_518.py.", lock_config=True)
 flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures go; the same command resumes.")
+flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no cluster is detected.")
+flags.DEFINE_integer("processes", None, "Processes that train together; 1: no cluster is looked for.")
+flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
 
 
 def parse(argv):
@@ -38,13 +41,12 @@ def ours_or_error(record) -> bool:
 
 
 def main(_):
-    import jax  # imported here: data workers re-import this module
-
+    from mammodino_jax.hosts import connect  # imports jax: here, because data workers re-import this module
     from mammodino_jax.train import train
 
     logging.get_absl_handler().addFilter(ours_or_error)
-    logging.info("jax %s", jax.__version__)
     try:
+        connect(flags.FLAGS.coordinator, flags.FLAGS.processes, flags.FLAGS.process)
         train(flags.FLAGS.config, flags.FLAGS.workdir)
     except UserError as error:
         print("error:", error, file=sys.stderr)

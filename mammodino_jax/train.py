@@ -221,7 +221,7 @@ def train(config, workdir: str) -> dict:
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         (workdir / "config.json").write_text(json.dumps(_jsonable(config), indent=1))
-    logging.info("process %d of %d, devices: %s", jax.process_index(), jax.process_count(), jax.devices())
+    logging.info("jax %s, %d processes, devices: %s", jax.__version__, jax.process_count(), jax.devices())
     checkpoints = Checkpoints(workdir / "checkpoints", keep=recipe.run.keep_checkpoints)
     state, step_fn = start_or_resume(recipe, mesh, checkpoints, loaded), jit_step(recipe, mesh)
     if int(state["step"]) != start:
