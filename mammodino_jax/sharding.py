@@ -14,10 +14,15 @@ MIN_BYTES = 4 * 2**20  # smaller arrays are replicated: gathering them costs mor
 
 
 def make_mesh(fsdp: int = 1) -> jax.sharding.Mesh:
-    """All devices as [devices / fsdp, fsdp]; fsdp > 1 shards large parameters that many ways."""
+    """All devices as [devices / fsdp, fsdp]; fsdp > 1 shards large parameters that many ways.
+
+    Devices lie in process order, and a host's (of several slices, a slice's) are consecutive: parameters are
+    gathered within a host where fsdp divides the devices of one, and within a slice where it divides those of
+    a slice. The gradients of "data" cross hosts once a step.
+    """
     devices = jax.device_count()
     if fsdp < 1 or devices % fsdp:
-        raise UserError(f"config.fsdp = {fsdp} does not divide the {devices} devices")
+        raise UserError(f"config.fsdp = {fsdp} does not divide the {devices} devices; 1 shards nothing")
     # in process order, which jax.make_mesh need not keep: process p feeds rows p*b..(p+1)*b-1 of a batch
     order = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
     grid = np.array(order).reshape(devices // fsdp, fsdp)

@@ -3,12 +3,14 @@
 import contextlib
 import functools
 import json
+import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
 from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -20,7 +22,7 @@ from mammodino_jax.data.index import full_frames
 from mammodino_jax.data.pipeline import make_batches
 from mammodino_jax.data.statistics import tissue_statistics
 from mammodino_jax.diagnostics import Watch
-from mammodino_jax.errors import UserError
+from mammodino_jax.errors import UserError, refuse_bucket
 from mammodino_jax.held_out import HeldOut
 from mammodino_jax.metrics import MetricsWriter, read
 from mammodino_jax.model.head import init_params
@@ -30,6 +32,10 @@ from mammodino_jax.pictures import draw_batch
 from mammodino_jax.recipe import Recipe, check_devices, from_config
 from mammodino_jax.schedules import Cosine, scaled_lr
 from mammodino_jax.sharding import make_mesh, put_batch, state_shardings
+
+SHARED_SECONDS = (
+    60  # for a file to appear on other hosts: NFS and gcsfuse remember for a while what is not there
+)
 
 
 def init_state(recipe: Recipe, loaded: dict | None = None) -> dict:
@@ -130,6 +136,26 @@ def check_workdir(config, workdir: Path) -> None:
         )
 
 
+def claim_workdir(config, workdir: Path) -> None:
+    """Process 0 writes config.json; the others wait for it, and see that they share folder and config."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "config.json"
+    if jax.process_index() == 0:
+        whole = path.with_suffix(".tmp")  # no other process may read half of it
+        whole.write_text(json.dumps(_jsonable(config), indent=1))
+        whole.replace(path)
+    multihost_utils.sync_global_devices("config.json")
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"process {jax.process_index()} does not see what process 0 wrote to {workdir}: checkpoints "
+                "need a workdir that all hosts share (NFS, Lustre, or a mounted bucket: docs/launch.md)"
+            )
+        time.sleep(1)
+    check_workdir(config, workdir)
+
+
 def _jsonable(config) -> dict:
     return json.loads(json.dumps(config.to_dict()))
 
@@ -202,6 +228,7 @@ def train(config, workdir: str) -> dict:
       UserError: config, data or workdir do not fit; nothing has been written then.
       FloatingPointError: three steps in a row were not finite.
     """
+    refuse_bucket(workdir, "workdir")
     config = with_statistics(config)
     recipe, workdir = from_config(config), Path(workdir).absolute()
     check_devices(recipe)
@@ -218,9 +245,7 @@ def train(config, workdir: str) -> dict:
     every = recipe.run.diagnose_every
     held_out = HeldOut(recipe, mesh) if every else None
 
-    workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-        (workdir / "config.json").write_text(json.dumps(_jsonable(config), indent=1))
+    claim_workdir(config, workdir)
     logging.info("jax %s, %d processes, devices: %s", jax.__version__, jax.process_count(), jax.devices())
     checkpoints = Checkpoints(workdir / "checkpoints", keep=recipe.run.keep_checkpoints)
     state, step_fn = start_or_resume(recipe, mesh, checkpoints, loaded), jit_step(recipe, mesh)

@@ -1,7 +1,9 @@
 """Processes find each other by flags and by a cluster's variables, and say clearly where they cannot."""
 
+import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,8 +12,9 @@ from pathlib import Path
 
 import jax
 import pytest
+from tiny import tiny, tiny_dataset
 
-from mammodino_jax import hosts
+from mammodino_jax import checkpoint, hosts, metrics, train
 from mammodino_jax.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
@@ -128,3 +131,59 @@ def test_a_cluster_that_cannot_be_joined_is_one_error():
     _, err = done.communicate(timeout=60)
     assert "cannot join the cluster JAX detected: ValueError Number of processes must be defined" in err
     assert len(err.strip().splitlines()) == 1 and "--processes=1 to train alone" in err
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_one_goes_on(tmp_path):
+    """main.py by its flags: files are written once, and one process with one device resumes the run."""
+    c = tiny(tiny_dataset(tmp_path / "data"), steps=4, batch_size=16, dbt_rows=8)
+    c.run.checkpoint_every, c.fsdp = 2, 1
+    config, workdir = tmp_path / "recipe.py", tmp_path / "run"
+    config.write_text(
+        f"import json\nfrom ml_collections import ConfigDict\nVALUES = json.loads('''{json.dumps(c.to_dict())}''')\n\n"
+        "def get_config():\n    return ConfigDict(VALUES)\n"
+    )
+    command = [sys.executable, "main.py", f"--config={config}", f"--workdir={workdir}"]
+
+    def main(*flags, **env):
+        return subprocess.Popen(
+            [*command, *flags], cwd=REPO, env=clean() | env, stderr=subprocess.PIPE, text=True
+        )
+
+    meet = f"--coordinator=localhost:{free_port()}"
+    both = [main(meet, "--processes=2", f"--process={p}", JAX_NUM_CPU_DEVICES="4") for p in (0, 1)]
+    first, second = (process.communicate(timeout=500)[1] for process in both)
+    assert [process.returncode for process in both] == [0, 0], (first[-2000:], second[-2000:])
+    assert "2 processes, devices" in first and "step 3/4" in first
+    assert not [line for line in second.splitlines() if line[:1] in "IWEF" and "mammodino_jax" in line], (
+        second
+    )
+    two = metrics.read(workdir / "metrics.jsonl")
+    assert [row["step"] for row in two] == [0, 1, 2, 3] and "held_out/rank" in two[0]
+    assert len(list(workdir.glob("events.*"))) == 1
+    assert {p.name for p in (workdir / "samples").iterdir()} == {"crops.png", "pairs.png"}
+    assert checkpoint.steps(workdir / "checkpoints") == [2, 4] and not list(workdir.glob("*.tmp"))
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    alone = main()
+    err = alone.communicate(timeout=500)[1]
+    assert alone.returncode == 0, err[-2000:]
+    one = metrics.read(workdir / "metrics.jsonl")
+    assert [row["step"] for row in one] == [0, 1, 2, 3] and one[:2] == two[:2]
+    for a, b in zip(one[2:], two[2:], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["bad"] == 0
+
+
+def test_a_workdir_that_hosts_do_not_share_is_refused(tmp_path, monkeypatch):
+    """What process 1 does where it cannot see process 0's file, or sees another config in it."""
+    c = tiny("data")
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(train, "SHARED_SECONDS", 0)
+    with pytest.raises(UserError, match="process 1 does not see what process 0 wrote"):
+        train.claim_workdir(c, tmp_path)
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    train.claim_workdir(c, tmp_path)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    train.claim_workdir(c, tmp_path)
+    c.seed = 5
+    with pytest.raises(UserError, match="belongs to another config: seed is 0 there and 5 here"):
+        train.claim_workdir(c, tmp_path)
