@@ -10,6 +10,7 @@ then the step after it from the checkpoint of each named layout, waiting for tho
                        moments ("mu/...") and a digest of the whole state
 """
 
+import faulthandler
 import hashlib
 import json
 import sys
@@ -94,4 +95,5 @@ def wait_for(path: Path) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(1500, exit=True)  # a process that waits in vain says where
     main(json.loads(sys.argv[1]))
