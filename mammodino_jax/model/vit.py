@@ -149,7 +149,7 @@ def attend(q_BTHd, k_BTHd, v_BTHd, real_BT=None, implementation: str = "auto", r
 
 
 def _cudnn(q_BTHd, k_BTHd, v_BTHd):
-    """Flash attention; JAX refuses to differentiate it at odd T (224 px: 257), so a token is added and hidden."""
+    """Flash attention. JAX does not differentiate it at odd T (224 px: 257): a token is added, and hidden."""
     B, T = q_BTHd.shape[:2]
     if T % 2 == 0:
         return jax.nn.dot_product_attention(q_BTHd, k_BTHd, v_BTHd, implementation="cudnn")

@@ -103,3 +103,13 @@ def test_cudnn_is_asked_for_an_even_number_of_tokens(monkeypatch, tokens):
     expected, pull_expected = jax.vjp(reference, q, k, v)
     for a, b in zip((expected, *pull_expected(cotangent)), (out, *pull(cotangent)), strict=True):
         np.testing.assert_allclose(b, a, atol=1e-5)
+
+
+def flops(rate: float) -> float:
+    vit = dataclasses.replace(VIT, drop_path=rate)
+    grad = jax.jit(jax.grad(lambda p, key: bind(p, vit)(IMAGES, None, key, 4)["cls"].sum()))
+    return grad.lower(PARAMS, jax.random.key(0)).compile().cost_analysis()["flops"]
+
+
+def test_drop_path_saves_the_compute_that_it_drops():
+    assert flops(0.5) < 0.65 * flops(0.0)  # the rest is the patch embedding and the tokens' gathers
