@@ -37,9 +37,12 @@ class Shards:
             return records.decode(self.source[record])["image"]
         except Exception as error:
             raise UserError(
-                f"{self.folder}: record {record} of split {self.split} cannot be read "
-                f"({type(error).__name__}: {error}); build the data set again"
+                f"{self.name(record)} cannot be read ({type(error).__name__}: {error}); "
+                "build the data set again"
             ) from error
+
+    def name(self, record: int) -> str:
+        return f"{self.folder}: record {record} of split {self.split}"
 
 
 @dataclasses.dataclass
@@ -63,6 +66,10 @@ class Records:
 
     def image(self, place: int) -> np.ndarray:
         return self.shards[self.source[place]].read(int(self.record[place]))
+
+    def name(self, place: int) -> str:
+        """What messages call a record."""
+        return self.shards[self.source[place]].name(int(self.record[place]))
 
     def lesions(self, place: int) -> np.ndarray:
         """Boxes f32 [k, 4] of a record's findings, in its pixels."""
