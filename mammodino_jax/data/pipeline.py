@@ -82,8 +82,8 @@ def make_batches(
       adjacent_offset i32 [a], only where A > 0: place of the pair's distance in pairs.offsets
       (mode "none": rows r still come from dbt, but no adjacent_*)
 
-    The iterator's close() stops its workers, and so do its end and an error. OpenCV's own threads are switched
-    off: batches run in parallel.
+    The iterator's close() stops its workers, and so do its end and an error. OpenCV's own threads are
+    switched off: batches run in parallel.
 
     Raises:
       UserError: sizes that do not divide, fewer volumes than A, an empty stream, bad sources (index.py); from

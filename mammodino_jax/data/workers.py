@@ -1,7 +1,7 @@
 """Runs a batch maker in threads or worker processes, and names what was at fault when one fails or dies.
 
-A killed process (out of memory, SIGKILL, a crash in a decoder) says nothing. So every thread notes, before it
-reads a record, which one and for which step; the process that waits for the batch reads the notes of the dead.
+A killed process (out of memory, SIGKILL, a crash in a decoder) says nothing. So every thread notes, before
+it reads a record, which one and for which step; the process that waits for the batch reads these notes.
 """
 
 import functools
@@ -79,7 +79,7 @@ def iterate(
 ) -> Iterator[dict]:
     """build(step) for every step, in order, made ahead by `threads` threads in each of `workers` processes.
 
-    The end, an error and close() stop the workers. `build` calls note(); `name` is what messages call a record.
+    The end, an error and close() stop the workers. `build` calls note(); `name` gives a record's name.
 
     Raises:
       UserError: as `build` does.
@@ -114,7 +114,8 @@ def _death(notes: _Notes, worker: int, code: int, step: int, name: Callable[[int
     if code == -signal.SIGKILL:
         how += " (out of memory? fewer data.workers or data.threads need less)"
     at = [f"{name(record)}, for step {s}" for s, record in notes.at[worker].tolist() if record >= 0]
-    return f"step {step}: data worker {worker} of {notes.workers} {how}; it was at {'; '.join(at) or 'no record'}"
+    who = f"data worker {worker} of {notes.workers}"
+    return f"step {step}: {who} {how}; it was at {'; '.join(at) or 'no record'}"
 
 
 def _start_worker(worker: int, workers: int, path: Path, threads: int) -> None:

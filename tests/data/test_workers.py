@@ -71,7 +71,7 @@ def test_bad_input_stays_bad_input():
     def fail():
         raise UserError("record 103 cannot be read")
 
-    with pytest.raises(UserError, match="^step 3: record 103 cannot be read"):
+    with pytest.raises(UserError, match=r"^step 3: record 103 cannot be read"):
         found(maker(fail), workers=0)
 
 
