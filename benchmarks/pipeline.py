@@ -27,8 +27,6 @@ import time
 from pathlib import Path
 from unittest import mock
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
-
 from benchmarks import machine  # isort: skip (before numpy: it sets the number of threads)
 import jax
 import numpy as np
@@ -248,18 +246,17 @@ def measure(data: Path, batch: int = BATCH, repeats: int = 7) -> tuple[dict, dic
         "normalised": functools.partial(theirs["normalised"], pngs),
         "photometrics": functools.partial(theirs["photometrics"], pngs),
     }
-    groups = stage | {"whole": whole}, ours, others
+    groups, cores = (stage | {"whole": whole}, ours, others), os.sched_getaffinity(0)
+    machine.pin()
     seconds = iter(machine.cpu_seconds(repeats, *(f for group in groups for f in group.values())))
+    os.sched_setaffinity(0, cores)
     return tuple({name: next(seconds) / batch * 1e3 for name in group} for group in groups)
 
 
 def report(args) -> str:
-    cores = os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory() as folder:
         data = args.data or synthetic(Path(folder), *args.synthetic)
-        machine.pin()
         stage, ours, theirs = measure(data, args.batch, args.repeats)
-        os.sched_setaffinity(0, cores)
         flat, pairs = (recipe(data, args.batch, rows) for rows in (0, args.batch // 4))
         clock = [
             [f"{workers} processes" if workers else "this process", threads,

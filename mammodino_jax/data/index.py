@@ -6,6 +6,7 @@ copied to every worker process).
 
 import dataclasses
 import hashlib
+import resource
 from pathlib import Path
 
 import grain
@@ -109,7 +110,15 @@ def open_split(folder: str | Path, split: str, columns=None) -> tuple[Shards, pa
             f"{folder}: split {split} has {len(source)} records but {len(table)} rows in index.parquet; "
             "build it again with: python -m data_prep build"
         )
+    _allow_open_files(len(paths))
     return Shards(str(folder), split, source), table
+
+
+def _allow_open_files(more: int) -> None:
+    """Raise the limit of open files: every shard that was read from stays open, thousands in a large set."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY not in (soft, hard):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft + more, hard), hard))
 
 
 def _kept(table: pa.Table, kinds, exclude_flags, where: str) -> np.ndarray:
