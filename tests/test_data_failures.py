@@ -10,7 +10,7 @@ import pytest
 from tiny import tiny, tiny_dataset
 
 from mammodino_jax import checkpoint, metrics
-from mammodino_jax.data.workers import DataError
+from mammodino_jax.errors import DataError
 from mammodino_jax.train import train
 
 

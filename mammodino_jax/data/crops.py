@@ -93,6 +93,17 @@ def random_generator(seed: int, sample: int, purpose: int) -> np.random.Generato
     return np.random.Generator(np.random.Philox(key=seed << 96 | sample << 32 | purpose))
 
 
+def rekey(rng: np.random.Generator, seed: int, sample: int, purpose: int) -> np.random.Generator:
+    """Make a generator that of random_generator(seed, sample, purpose), ten times as fast as a new one."""
+    key = seed << 96 | sample << 32 | purpose
+    zeros = np.zeros(4, np.uint64)
+    rng.bit_generator.state = {
+        "bit_generator": "Philox", "buffer": zeros, "buffer_pos": 4, "has_uint32": 0, "uinteger": 0,
+        "state": {"counter": zeros, "key": np.array([key & (1 << 64) - 1, key >> 64], np.uint64)},
+    }  # fmt: skip
+    return rng
+
+
 def integral_image(mask: np.ndarray) -> np.ndarray:
     """Sums of a mask bool [H, W] over [0, y) x [0, x): i32 [H+1, W+1]."""
     return cv2.integral(mask.view(np.uint8))

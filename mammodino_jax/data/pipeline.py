@@ -24,6 +24,7 @@ from mammodino_jax.data.crops import (
     integral_image,
     patch_coverage,
     random_generator,
+    rekey,
 )
 from mammodino_jax.data.index import Records, open_records
 from mammodino_jax.data.masking import MaskConfig
@@ -281,10 +282,11 @@ class _Batches:
             unknown = not pixel_mm > 0  # NaN too: by scale, and counted
             side = None if unknown else (mm[0] / pixel_mm, mm[1] / pixel_mm)
             batch[f"count/{kind}_mm_unknown"][r] = unknown
+        rng = random_generator(self.seed, sample, 0)
         windows = [
             draw_window(
                 integral, getattr(c, f"{kind}_scale"), c.ratio, rho, c.hflip,
-                random_generator(self.seed, sample, view), c.sampler, side,
+                rekey(rng, self.seed, sample, view), c.sampler, side,
             )
             for view in views
         ]  # fmt: skip

@@ -19,12 +19,7 @@ import cv2
 import grain
 import numpy as np
 
-from mammodino_jax.errors import UserError
-
-
-class DataError(Exception):
-    """A batch could not be made: the message names step, record and worker."""
-
+from mammodino_jax.errors import DataError, UserError
 
 _thread = threading.local()  # .record: the one that this thread is at
 _notes: "_Notes | None" = None  # in a worker process

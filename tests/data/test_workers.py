@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from mammodino_jax.data.workers import DataError, iterate, note
-from mammodino_jax.errors import UserError
+from mammodino_jax.data.workers import iterate, note
+from mammodino_jax.errors import DataError, UserError
 
 NAME = "record {} of DATA".format
 
