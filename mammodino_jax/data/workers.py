@@ -21,6 +21,10 @@ import numpy as np
 
 from mammodino_jax.errors import DataError, UserError
 
+_CAUSES = {
+    signal.SIGKILL: " (out of memory? fewer data.workers or data.threads need less)",
+    signal.SIGBUS: " (is /dev/shm full? finished batches wait there: allow it more, or fewer data.workers)",
+}
 _thread = threading.local()  # .record: the one that this thread is at
 _notes: "_Notes | None" = None  # in a worker process
 
@@ -90,6 +94,11 @@ def iterate(
             start = functools.partial(_start_worker, path=notes.path, threads=threads)
             dataset = dataset.mp_prefetch(options, worker_init_fn=start)
         batches = iter(dataset)
+        # Ctrl-C and preemption reach the whole group, but the training process decides, and stops its workers
+        # itself: processes that start during the first next() inherit the mask and never see these signals.
+        mask = signal.pthread_sigmask(
+            signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM) if workers and steps else ()
+        )
         try:
             for step in steps:
                 try:
@@ -99,6 +108,8 @@ def iterate(
                         raise
                     worker = (step - steps.start) % workers  # grain takes from the workers in turns
                     raise DataError(_death(notes, worker, int(code[1]), step, name)) from error
+                finally:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                 yield batch
         finally:
             batches.close()
@@ -106,8 +117,7 @@ def iterate(
 
 def _death(notes: _Notes, worker: int, code: int, step: int, name: Callable[[int], str]) -> str:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    if code == -signal.SIGKILL:
-        how += " (out of memory? fewer data.workers or data.threads need less)"
+    how += _CAUSES.get(-code, "")
     at = [f"{name(record)}, for step {s}" for s, record in notes.at[worker].tolist() if record >= 0]
     who = f"data worker {worker} of {notes.workers}"
     return f"step {step}: {who} {how}; it was at {'; '.join(at) or 'no record'}"
@@ -117,9 +127,6 @@ def _start_worker(worker: int, workers: int, path: Path, threads: int) -> None:
     global _notes
     _notes = _Notes(path, workers, threads, worker)
     cv2.setNumThreads(0)
-    # Ctrl-C and preemption reach the whole group: the training process decides, and stops its workers itself
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 
 import pytest
 
+from mammodino_jax.data import workers
 from mammodino_jax.data.workers import iterate, note
 from mammodino_jax.errors import DataError, UserError
 
@@ -27,8 +29,22 @@ def maker(fail=None, at=3):
     return build
 
 
-def found(build, workers, threads=1, steps=range(8)):
-    return [batch["step"] for batch in iterate(build, NAME, steps, workers, threads)]
+def found(build, processes):
+    return [batch["step"] for batch in iterate(build, NAME, range(8), processes, 1)]
+
+
+@pytest.mark.parametrize(
+    ("code", "how"),
+    [
+        (-7, "killed by SIGBUS .is /dev/shm full"),
+        (-11, "killed by SIGSEGV; "),
+        (1, "ended with exit code 1; "),
+    ],
+)
+def test_other_deaths_are_told_apart(tmp_path, code, how):
+    notes = workers._Notes(tmp_path / "notes", 2, 1)
+    assert re.search(how, message := workers._death(notes, 1, code, 5, NAME))
+    assert message.startswith("step 5: data worker 1 of 2 ") and message.endswith("it was at no record")
 
 
 def no_workers_left():
@@ -50,8 +66,8 @@ def test_a_killed_worker_is_named_with_its_record():
     assert error.match(message) and no_workers_left()
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_an_error_names_step_and_record(workers):
+@pytest.mark.parametrize("processes", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_error_names_step_and_record(processes):
     class Odd(
         Exception
     ):  # one that cannot be pickled would be lost between processes, and the run would wait
@@ -61,9 +77,9 @@ def test_an_error_names_step_and_record(workers):
     def fail():
         raise Odd("odd")
 
-    where = "data worker 0 of 1, step 3" if workers else "step 3"
+    where = "data worker 0 of 1, step 3" if processes else "step 3"
     with pytest.raises(DataError, match=f"^{where}, record 103 of DATA: Odd: odd"):
-        found(maker(fail), workers)
+        found(maker(fail), processes)
     assert no_workers_left()
 
 
@@ -72,7 +88,7 @@ def test_bad_input_stays_bad_input():
         raise UserError("record 103 cannot be read")
 
     with pytest.raises(UserError, match=r"^step 3: record 103 cannot be read"):
-        found(maker(fail), workers=0)
+        found(maker(fail), processes=0)
 
 
 @pytest.mark.slow
