@@ -267,7 +267,7 @@ def report(args) -> str:
     height, width, tissue = (np.median(index[name]) for name in ("height", "width", "coverage"))
     kind = "Records of --data" if args.data else "Synthetic records"
     text = "## Host pipeline\n\nWhat is measured is in the head of `benchmarks/pipeline.py`.\n\n"
-    text += machine.head(args.command, VERSIONS)
+    text += machine.head(args.command, VERSIONS).replace("\n", "  \n")
     text += f"{kind}, median {height:.0f} x {width:.0f} px, {100 * tissue:.0f} % tissue.\n\n"
     rest = stage["whole"] - sum(ms for name, ms in stage.items() if name != "whole")
     rows = [*stage.items(), ("rest: counters, copies", rest)]

@@ -4,6 +4,7 @@ A killed process (out of memory, SIGKILL, a crash in a decoder) says nothing. So
 it reads a record, which one and for which step; the process that waits for the batch reads these notes.
 """
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -87,7 +88,8 @@ def iterate(
     dataset = grain.MapDataset.range(steps.start, steps.stop).map(functools.partial(_guarded, build, name))
     # grain's defaults (16 threads, 500 elements ahead) are meant for elements of kilobytes; ours are batches.
     dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
-    with tempfile.TemporaryDirectory(prefix="mammodino-") as folder:
+    shared = tempfile.TemporaryDirectory(prefix="mammodino-") if workers else contextlib.nullcontext()
+    with shared as folder:
         if workers:
             notes = _Notes(Path(folder) / "notes", workers, threads)
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
