@@ -366,8 +366,7 @@ _VIEW_METRICS = ("coverage", "would_reject", "fallback", "mm_per_px")
 
 def _count(batch, r: int, kind: str, windows: list[Window], mm_per_pixel: float) -> None:
     """Counters of a row's views of a kind; `mm_per_pixel` is of a view made from a window one pixel wide."""
-    batch[f"count/{kind}_coverage"][r] = np.mean([w.coverage for w in windows])
-    batch[f"count/{kind}_would_reject"][r] = np.mean([w.would_reject for w in windows])
-    batch[f"count/{kind}_fallback"][r] = np.mean([w.fallback for w in windows])
-    side = np.mean([np.sqrt(w.height * w.width) for w in windows])
-    batch[f"count/{kind}_mm_per_px"][r] = side * mm_per_pixel
+    values = [(w.coverage, w.would_reject, w.fallback, math.sqrt(w.height * w.width)) for w in windows]
+    means = np.array(list(zip(*values, strict=True)), float).mean(1) * (1, 1, 1, mm_per_pixel)
+    for metric, mean in zip(_VIEW_METRICS, means.tolist(), strict=True):
+        batch[f"count/{kind}_{metric}"][r] = mean
