@@ -89,7 +89,7 @@ def open_split(folder: str | Path, split: str, columns=None) -> tuple[Shards, pa
       Shards, and a table of `columns` (None: all) with `row`, the row's number in index.parquet, appended.
 
     Raises:
-      UserError: no such split, or index and shards disagree.
+      UserError: no such split, a damaged shard, or index and shards disagree.
     """
     if split not in records.SPLITS:
         known = ", ".join(records.SPLITS) + "." + suggest(split, records.SPLITS)
@@ -104,7 +104,7 @@ def open_split(folder: str | Path, split: str, columns=None) -> tuple[Shards, pa
     paths = records.shard_paths(folder, split)
     if not paths or not len(table):
         raise UserError(f'{folder} has no records of split "{split}"; choose another split or data set')
-    source = grain.sources.ArrayRecordDataSource(paths)
+    source = _open_shards(folder, paths)
     if len(source) != len(table):
         raise UserError(
             f"{folder}: split {split} has {len(source)} records but {len(table)} rows in index.parquet; "
@@ -112,6 +112,21 @@ def open_split(folder: str | Path, split: str, columns=None) -> tuple[Shards, pa
         )
     _allow_open_files(len(paths))
     return Shards(str(folder), split, source), table
+
+
+def _open_shards(folder: str | Path, paths: list[str]) -> grain.sources.ArrayRecordDataSource:
+    try:
+        return grain.sources.ArrayRecordDataSource(paths)
+    except RuntimeError:  # it does not say which shard
+        for path in paths:
+            try:
+                grain.sources.ArrayRecordDataSource(path)
+            except RuntimeError as error:
+                name, told = Path(path).name, " ".join(str(error).split())
+                raise UserError(
+                    f"{folder}: shard {name} is damaged ({told}); build the data set again"
+                ) from error
+        raise
 
 
 def _allow_open_files(more: int) -> None:

@@ -2,6 +2,7 @@ import hashlib
 import os
 import pickle
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,3 +173,16 @@ def test_more_shards_than_open_files_are_allowed(make, tmp_path):
     finally:
         del opened
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("left", [0, 0.5])
+def test_a_truncated_shard_is_named(make, tmp_path, left):
+    images = [make.breast(400, 300, i) for i in range(4)]
+    folder = make.write_dataset(
+        tmp_path / "set", [(x, make.row(x, f"i{i}")) for i, x in enumerate(images)], 2
+    )
+    second = Path(shard_paths(folder, "train")[1])
+    whole = second.read_bytes()
+    second.write_bytes(whole[: int(left * len(whole))])
+    with pytest.raises(UserError, match=f"set: shard {second.name} is damaged .*; build the data set again"):
+        open_records([(folder, "train", "2d", 1.0)])
