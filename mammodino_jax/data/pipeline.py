@@ -207,10 +207,6 @@ class _Batches:
                 flat += 1
         return batch
 
-    def _read(self, sample: int, place: int) -> np.ndarray:
-        note(sample // self.batch_size, place)
-        return self.records.image(place)
-
     def _empty(self, b: int, a: int) -> dict[str, np.ndarray]:
         c = self.crops
         M = masking.slots(self.mask, (c.global_size // c.patch) ** 2)
@@ -252,6 +248,10 @@ class _Batches:
             rng = random_generator(self.seed, step, _VOLUMES)
             drawn[again] = rng.choice(others, again.size, replace=False)
         return drawn
+
+    def _read(self, sample: int, place: int) -> np.ndarray:
+        note(sample // self.batch_size, place)
+        return self.records.image(place)
 
     def _row(self, batch, r: int, sample: int, place: int, image: np.ndarray) -> tuple[np.ndarray, Window]:
         """Fill row r from a record's image u8 [H, W]; returns its integral image and the window of view 0."""
