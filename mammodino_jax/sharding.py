@@ -13,14 +13,14 @@ ROWS = P(("data", "fsdp"))  # a batch's first axis lies over all devices
 MIN_BYTES = 4 * 2**20  # smaller arrays are replicated: gathering them costs more than it saves
 
 
-def make_mesh(fsdp: int = 1) -> jax.sharding.Mesh:
-    """All devices as [devices / fsdp, fsdp]; fsdp > 1 shards large parameters that many ways."""
-    devices = jax.device_count()
-    if fsdp < 1 or devices % fsdp:
-        raise UserError(f"config.fsdp = {fsdp} does not divide the {devices} devices")
+def make_mesh(fsdp: int = 1, devices=None) -> jax.sharding.Mesh:
+    """All devices, or those given, as [devices / fsdp, fsdp]; fsdp > 1 shards large parameters so often."""
+    devices = jax.devices() if devices is None else devices
+    if fsdp < 1 or len(devices) % fsdp:
+        raise UserError(f"config.fsdp = {fsdp} does not divide the {len(devices)} devices")
     # in process order, which jax.make_mesh need not keep: process p feeds rows p*b..(p+1)*b-1 of a batch
-    order = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
-    grid = np.array(order).reshape(devices // fsdp, fsdp)
+    order = sorted(devices, key=lambda d: (d.process_index, d.id))
+    grid = np.array(order).reshape(-1, fsdp)
     return jax.sharding.Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
