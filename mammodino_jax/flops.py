@@ -101,7 +101,7 @@ def step_flops(recipe: Recipe) -> dict:
 
     patches = (crops.global_size // m.patch_size) ** 2
     M = slots(recipe.mask, patches)
-    chunks = -(-M // loss.patch_chunk) if loss.patch_chunk else 1
+    chunk = min(loss.patch_chunk or M, M)
     mlp, prototypes = head_flops(m.dim, recipe.head)
     cls = (2 + share * sides + 3 * (2 + crops.local_number + share * taught)) * (mlp + prototypes)
     # Sinkhorn-Knopp computes the teacher's logits anew in each iteration (patch_loss.py)
@@ -114,7 +114,7 @@ def step_flops(recipe: Recipe) -> dict:
         "slice pairs": tuple(share * (sides * view + n) for n in student(taught, crops.global_size, joined)),
         "heads": (
             cls + sum(recipe.mask.ratio) / 2 * patches * 4 * (mlp + prototypes),
-            cls + chunks * -(-M // chunks) * (4 * (mlp + prototypes) + anew),
+            cls + -(-M // chunk) * chunk * (4 * (mlp + prototypes) + anew),
         ),
     }
     model, executed = map(sum, zip(*parts.values(), strict=True))
