@@ -106,10 +106,16 @@ def compile_step(recipe: Recipe, mesh, quick: bool):
     try:
         return lowered.compile(compiler_options=options), None
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
-        if not used:
+        needed = needed_bytes(str(error))
+        if needed is None:
             raise
-        return None, int(float(used[1]) * 2 ** (10 * (1 + "KMGT".index(used[2]))))
+        return None, needed
+
+
+def needed_bytes(error: str) -> int | None:
+    """What a TPU's compiler says it would need of a chip's memory; None: it failed for another reason."""
+    used = re.search(r"RESOURCE_EXHAUSTED: Ran out of memory.*?([\d.]+)([KMGT])\b", error, re.DOTALL)
+    return used and int(float(used[1]) * 2 ** (10 * (1 + "KMGT".index(used[2]))))
 
 
 def plan(recipe: Recipe, devices: list, quick: bool = False) -> dict:

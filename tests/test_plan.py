@@ -178,6 +178,17 @@ def test_the_largest_batch_takes_few_compiles(monkeypatch):
         plan.largest(vitb14_518.get_config(), [Device()] * 16, quick=False, say=lambda text: None)
 
 
+def test_what_the_compiler_needed_is_read_from_its_error():
+    for text in (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (36.50G) "
+        "exceeds available HBM (15.75G).",
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 36.50G of 15.75G hbm. Exceeded hbm "
+        "capacity by 20.75G.",
+    ):
+        assert plan.needed_bytes(text) == 36.5 * GIB
+    assert plan.needed_bytes("INTERNAL: Mosaic failed to compile 2 kernels of 3.5G") is None
+
+
 def test_the_estimate_is_the_roofline_it_says_it_is():
     v5e = CHIPS["TPU v5 lite"]
     s = plan.estimate(v5e, 197e12, 8.19e9, [collective("all-reduce", 50_000_000)])
