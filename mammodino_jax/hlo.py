@@ -16,7 +16,8 @@ _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _NAME = re.compile(r"^  (ROOT )?%?([\w.\-]+) = ")
 _CALLS = re.compile(
-    r"(?:calls|to_apply|body|condition|branch_computations|called_computations)=\{?([^,}]*(?:, ?%[^,}]*)*)"
+    r"(?:calls|to_apply|body|condition|branch_computations|true_computation|false_computation)="
+    r"(\{[^}]*\}|%?[\w.\-]+)"
 )
 # They pass on what is there already, or hand it to instructions that are counted themselves.
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call")
