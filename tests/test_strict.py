@@ -28,7 +28,13 @@ def test_no_recompilation_after_the_first_step_and_no_implicit_transfer(tmp_path
         return run
 
     monkeypatch.setattr(train_module, "jit_step", strict)
-    c = tiny(tiny_dataset(tmp_path / "data"), steps=6, run={"checkpoint_every": 2, "diagnose_every": 2})
+    c = tiny(
+        tiny_dataset(tmp_path / "data"),
+        batch_size=16,
+        dbt_rows=8,
+        steps=6,
+        run={"checkpoint_every": 2, "diagnose_every": 2},
+    )
     with jax.transfer_guard("disallow"):
         train_module.train(c, tmp_path / "run")
     assert len(calls) == 6

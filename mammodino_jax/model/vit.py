@@ -135,15 +135,29 @@ def attend(q_BTHd, k_BTHd, v_BTHd, real_BT=None, implementation: str = "auto", r
     Args:
       real_BT: bool, tokens to look at; None: all.
       implementation: "xla" (scores of all pairs of tokens in memory), "cudnn" (flash attention, on NVIDIA
-        GPUs in half precision) or "auto": cudnn where it can be used.
-      remat: compute xla's scores again in the backward pass instead of keeping them.
+        GPUs in half precision, without real_BT) or "auto": cudnn where it can be used.
+      remat: compute xla's scores again in the backward pass instead of keeping them, as cudnn always does.
     """
     half = q_BTHd.dtype in (jnp.bfloat16, jnp.float16) and real_BT is None and q_BTHd.shape[-1] % 8 == 0
     if implementation == "auto":
         implementation = "cudnn" if half and jax.default_backend() == "gpu" else "xla"
+    if implementation == "cudnn" and real_BT is None:
+        return _cudnn(q_BTHd, k_BTHd, v_BTHd)
     mask = None if real_BT is None else real_BT[:, None, None]
-    attention = functools.partial(jax.nn.dot_product_attention, mask=mask, implementation=implementation)
+    attention = functools.partial(jax.nn.dot_product_attention, mask=mask, implementation="xla")
     return (jax.checkpoint(attention) if remat else attention)(q_BTHd, k_BTHd, v_BTHd)
+
+
+def _cudnn(q_BTHd, k_BTHd, v_BTHd):
+    """Flash attention. JAX does not differentiate it at odd T (224 px: 257): a token is added, and hidden."""
+    B, T = q_BTHd.shape[:2]
+    if T % 2 == 0:
+        return jax.nn.dot_product_attention(q_BTHd, k_BTHd, v_BTHd, implementation="cudnn")
+    padded = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q_BTHd, k_BTHd, v_BTHd))
+    real_B = jnp.full(B, T, jnp.int32)
+    return jax.nn.dot_product_attention(
+        *padded, query_seq_lengths=real_B, key_value_seq_lengths=real_B, implementation="cudnn"
+    )[:, :T]
 
 
 class Attention(nnx.Module):
