@@ -46,6 +46,8 @@ def test_run_writes_metrics_pictures_and_a_loadable_encoder(dataset, tmp_path):
         assert all(np.isfinite(list(r.values()))) and r["bad"] == 0
         assert {"dino_global", "dino_local", "ibot", "koleo", "adjacent", "data/global_coverage"} <= r.keys()
     assert {p.name for p in (tmp_path / "samples").iterdir()} == {"crops.png", "pairs.png"}
+    timed = metrics.read(tmp_path / "metrics.jsonl")[4:]  # the step is compiled, the pipeline filled
+    assert np.median([r["time/data_wait"] for r in timed]) < 0.3
     encoder = load_encoder(str(tmp_path))
     assert encoder.provenance["terms"] == {"test": "synthetic"} and len(encoder.provenance["patients"]) == 50
     for a, b in zip(
