@@ -191,9 +191,9 @@ def _check(r: Recipe) -> None:
             )
 
 
-def check_devices(r: Recipe) -> None:
-    """Raise a UserError where the batch cannot be laid over the devices."""
-    devices = jax.device_count()
+def check_devices(r: Recipe, devices: int | None = None) -> None:
+    """Raise a UserError where the batch cannot be laid over the devices (None: those that are here)."""
+    devices = jax.device_count() if devices is None else devices
     for name in ("batch_size", "dbt_rows"):
         rows = getattr(r, name) // r.accumulate
         if rows % devices:
