@@ -32,9 +32,13 @@ def parse(argv):
 
 
 def ours_or_error(record) -> bool:
-    """Console lines are ours; libraries show errors only (a checkpoint logs dozens of lines)."""
+    """Console lines are ours; libraries show errors only (a checkpoint logs dozens of lines).
+
+    Where a checkpoint cannot be read or written, our line says why; Orbax and asyncio add pages.
+    """
     ours = "mammodino_jax" in record.pathname or record.filename == "main.py"
-    return ours or record.levelno >= stdlib_logging.ERROR
+    pages = "orbax" in record.pathname or "asyncio" in record.pathname
+    return ours or (record.levelno >= stdlib_logging.ERROR and not pages)
 
 
 def main(_):
