@@ -5,13 +5,13 @@ save that did not finish, and STEP.corrupt, a checkpoint that could not be read 
 """
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import logging
-from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
@@ -26,7 +26,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int = 2):
-        self._folder, self._keep = epath.Path(folder), keep
+        self._folder, self._keep = Path(folder), keep
         self._saving: tuple | None = None  # (step, Orbax's response)
         self._failed = ""
         self._remove(_unfinished(self._folder))  # of a run that was killed
@@ -98,7 +98,7 @@ class Checkpoints:
     def _remove(self, folders) -> None:
         for folder in folders if jax.process_index() == 0 else ():
             try:
-                folder.rmtree()
+                shutil.rmtree(folder)
             except OSError as error:
                 logging.warning("%s could not be removed: %s", folder, error)
 
@@ -119,7 +119,7 @@ def restore(folder: Path, target: dict) -> tuple[int, dict | None, dict | None]:
     Raises:
       UserError: there are checkpoints, but none can be read; nothing has been moved then.
     """
-    folder, unread = epath.Path(folder), {}
+    folder, unread = Path(folder), {}
     left = steps(folder)
     while (step := _of_process_0(left.pop() if left else -1)) >= 0:
         parts, reason = _read(folder / str(step), step, target)
@@ -147,7 +147,7 @@ def restore(folder: Path, target: dict) -> tuple[int, dict | None, dict | None]:
     return step, parts["state"], parts["provenance"]
 
 
-def _read(file: epath.Path, step: int, target: dict) -> tuple[dict, str]:
+def _read(file: Path, step: int, target: dict) -> tuple[dict, str]:
     """(what a checkpoint holds, why it cannot be read or ""), of this process alone: no process waits."""
     context, me = ocp.Context(), jax.process_index()
     context.multiprocessing.primary_host, context.multiprocessing.active_processes = me, {me}
@@ -170,7 +170,18 @@ def _reason(error: BaseException) -> str:
 
 
 def _everywhere(good: bool) -> bool:
-    return bool(np.all(multihost_utils.process_allgather(np.array(good))))
+    """Whether all processes are well; where one is not, the next call of Orbax finds them in step again."""
+    if np.all(multihost_utils.process_allgather(np.array(good))):
+        return True
+    if jax.process_count() > 1:
+        # Orbax counts its operations and meets the other processes under that number. One that fails early is
+        # not counted: without this the others would wait for it. There is no public way to say so.
+        from orbax.checkpoint._src.futures.synchronization import OperationIdGenerator as Count
+
+        most = multihost_utils.process_allgather(np.int32(Count.get_current_operation_id())).max()
+        while int(Count.get_current_operation_id()) < most:
+            Count.next_operation_id()
+    return False
 
 
 def _of_process_0(number: int) -> int:
@@ -212,23 +223,14 @@ def load_params(folder: Path, target: dict) -> dict:
 
 def steps(folder: Path) -> list[int]:
     """Steps of the finished checkpoints under `folder`, ascending."""
-    folder = epath.Path(folder)
-    if not folder.is_dir():
+    if not Path(folder).is_dir():
         return []
-    return sorted(int(p.name) for p in folder.iterdir() if re.fullmatch(r"\d+", p.name) and _finished(p))
+    return sorted(int(p.name) for p in Path(folder).iterdir() if re.fullmatch(r"\d+", p.name))
 
 
-def _finished(file: epath.Path) -> bool:
-    """Buckets know no renaming: there Orbax writes under the final name, and this file last."""
-    return not str(file).startswith("gs://") or (file / "commit_success.txt").exists()
-
-
-def _unfinished(folder: epath.Path) -> list[epath.Path]:
+def _unfinished(folder: Path) -> list[Path]:
     """What saves that did not finish have left."""
-    if not folder.is_dir():
-        return []
-    left = re.compile(r"\d+(\.orbax-checkpoint-tmp.*)?")
-    return [p for p in folder.iterdir() if left.fullmatch(p.name) and not (p.name.isdigit() and _finished(p))]
+    return list(Path(folder).glob("*.orbax-checkpoint-tmp*"))
 
 
 def workdir_of(path: Path) -> Path | None:

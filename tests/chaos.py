@@ -16,7 +16,7 @@ from mammodino_jax import checkpoint, metrics
 
 REPO = Path(__file__).resolve().parents[1]
 MOMENTS = ("start-up", "compile", "step", "step", "saving")  # steps twice: most of a run is steps
-READY = "process 0 of"  # on the console from here on SIGTERM is handled
+READY = "devices: ["  # on the console from here on SIGTERM is handled
 
 
 class Runs:

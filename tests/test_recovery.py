@@ -2,8 +2,12 @@
 
 import functools
 import os
+import re
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 
 import chaos
 import jax
@@ -285,3 +289,63 @@ def test_a_run_goes_on_with_other_numbers_of_devices(dataset, tmp_path):
     for loss, update in chaos.changing_devices(run, [(signal.SIGKILL, "step", 2)], rng):
         assert loss <= 1e-5 and update <= 0.02
     assert all(np.isfinite(list(row.values())).all() for row in run.rows()) and run.saved()[-1] == 12
+
+
+TWO = """
+import json, os, signal, sys
+from absl import flags, logging
+flags.FLAGS.mark_as_parsed()
+logging.set_verbosity("info")
+import jax
+me, port, config, workdir, stop, broken = int(sys.argv[1]), *sys.argv[2:5], int(sys.argv[5]), sys.argv[6]
+jax.distributed.initialize(f"localhost:{port}", 2, me)
+from ml_collections import ConfigDict
+from mammodino_jax import checkpoint, train
+make, load = train.make_batches, checkpoint.ocp.load_checkpointables
+def signalled(*args, **options):  # one process alone is told
+    for step, batch in enumerate(make(*args, **options), start=options["start_step"]):
+        if step == stop and me == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield batch
+def unreadable(folder, parts):  # one process alone cannot read the newest
+    if me == 1 and folder.name == broken:
+        raise OSError("input/output error")
+    return load(folder, parts)
+train.make_batches, checkpoint.ocp.load_checkpointables = signalled, unreadable
+train.train(ConfigDict(json.load(open(config))), workdir)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_the_same_step_and_agree_on_a_checkpoint(dataset, tmp_path):
+    config = tiny(dataset, steps=400, run={"checkpoint_every": 4, "diagnose_every": 0})
+    (tmp_path / "config.json").write_text(config.to_json())
+
+    def run(stop: int, broken: int = -1) -> int:
+        """The step at which both stop after process 1 got SIGTERM in step `stop`."""
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        env = {**os.environ, "PYTHONPATH": str(chaos.REPO), "JAX_PLATFORMS": "cpu"}
+        arguments = [str(port), str(tmp_path / "config.json"), str(tmp_path / "run"), str(stop), str(broken)]
+        both = [
+            subprocess.Popen(
+                [sys.executable, "-c", TWO, str(me), *arguments], env=env, stderr=subprocess.PIPE
+            )
+            for me in range(2)
+        ]
+        told = [process.communicate(timeout=300)[1].decode() for process in both]
+        assert [process.returncode for process in both] == [0, 0], told[0][-3000:] + told[1][-3000:]
+        assert f"checkpoint {broken} cannot be read (another process cannot read it)" in told[0] or broken < 0
+        stops = [int(re.findall(r"SIGTERM: stopped at step (\d+)", text)[0]) for text in told]
+        assert stops[0] == stops[1]
+        return stops[0]
+
+    first = run(6)
+    older, newest = checkpoint.steps(tmp_path / "run/checkpoints")
+    assert newest == first < 400
+    second = run(older + 1, broken=newest)
+    assert (tmp_path / f"run/checkpoints/{newest}.corrupt").is_dir()
+    assert checkpoint.steps(tmp_path / "run/checkpoints")[-1] == second
+    steps = [row["step"] for row in metrics.read(tmp_path / "run/metrics.jsonl")]
+    assert steps == list(range(second))
