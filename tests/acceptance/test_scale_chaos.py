@@ -1,6 +1,6 @@
 """Acceptance line 2 of scale: interrupted at random, resumed each time, nothing lost. make accept-scale.
 
-About 25 minutes on 2 cores. MAMMODINO_CHAOS=STEPS,KILLS,TERMS makes it smaller (default 300,20,5).
+About 25 minutes on 2 cores. MAMMODINO_CHAOS=STEPS,KILLS,TERMS (default 300,20,5) tries it on a toy network.
 """
 
 import os
@@ -13,12 +13,13 @@ import jax
 import numpy as np
 import pytest
 from chaos import Runs, truncate
-from tiny import tiny_dataset
+from tiny import shrink, tiny_dataset
 
 from configs import nano
 from mammodino_jax import metrics
 
 pytestmark = [pytest.mark.accept, pytest.mark.timeout(7200)]
+TOY = "MAMMODINO_CHAOS" in os.environ
 STEPS, KILLS, TERMS = map(int, os.environ.get("MAMMODINO_CHAOS", "300,20,5").split(","))
 
 
@@ -26,8 +27,10 @@ STEPS, KILLS, TERMS = map(int, os.environ.get("MAMMODINO_CHAOS", "300,20,5").spl
 def config(tmp_path_factory):
     """The nano recipe at 98 px on a synthetic data set, a checkpoint every 10 steps."""
     c = nano.get_config(str(tiny_dataset(tmp_path_factory.mktemp("chaos") / "data")))
+    if TOY:
+        shrink(c).update(batch_size=32, dbt_rows=8)
     c.steps = STEPS
-    c.run.update(checkpoint_every=10)
+    c.run.update(checkpoint_every=2 if TOY else 10)
     return c
 
 
@@ -82,20 +85,23 @@ def test_line_02_other_devices(config, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 60 MB: two checkpoints of 15 MB and the one being written."""
+    """A file system that holds three checkpoints, compiled programs and little more."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", folder]).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={20 if TOY else 120}m", "tmpfs", folder]
+    ).returncode:
         pytest.skip("mounting a small file system needs root")
     yield folder
     subprocess.run(["umount", "-l", folder])
 
 
-@pytest.mark.parametrize("left", [0, 2_000_000], ids=["nothing left", "2 MB left: half-way through a save"])
+@pytest.mark.parametrize("left", [0, 100_000], ids=["nothing left", "100 KB left: fails half-way"])
 def test_line_02_full_disk(config, small_disk, left):
     """The disk fills up during a run and is emptied later; then it fills up for good."""
     c = config.copy_and_resolve_references()
     c.steps = 40
+    c.run.checkpoint_every = 10
     run = Runs(small_disk / "a", c)
 
     def fill(at: int):
