@@ -15,7 +15,7 @@ def get_config(arg="demo/data"):
     c.batch_size = 32
     c.dbt_rows = 8
     c.crops.update(global_size=98, local_size=42, local_number=4)
-    c.model.update(dim=192, depth=4, heads=3, drop_path=0.0, remat=False, dtype="float32")
+    c.model.update(dim=192, depth=4, heads=3, drop_path=0.0, remat="none", dtype="float32")
     c.model.layerscale = 1.0  # at 1e-5 all images look alike to the head for longer than this run lasts
     c.head.update(prototypes=1024, bottleneck=64, hidden=256, separate_ibot=False)
     c.loss.update(drop_path_group=0)

@@ -84,7 +84,9 @@ def get_config(arg=None):
             drop_path=0.1,  # DINOv2 uses 0.3 for ViT-L; its author advises 0.1 against instability at ViT-B
             pos_antialias=True,  # DINOv2's register convention, right for new training
             pos_offset=0.0,
-            remat=True,
+            remat="block",  # 16 GB chips need it; "dots" or "attention" are faster where memory allows
+            scan=True,
+            attention="auto",
             dtype="bfloat16",
         )
     )
@@ -101,7 +103,8 @@ def get_config(arg=None):
             adjacent_sinkhorn=True,  # pairs share the prototypes' balance with the global rows
             centering="sinkhorn",  # DINOv2's large recipes
             koleo_group=0,
-            drop_path_group=32,  # consecutive images: the draw stays on one device where it holds as many
+            drop_path_group=8,  # consecutive images: the draw stays on one device where it holds as many
+            patch_chunk=64,  # slots of an image: 16 MB of logits each; of all slots it would be 180
         )
     )
     c.optim = ConfigDict(

@@ -172,7 +172,9 @@ def _from_workdir(folder: Path) -> Encoder:
     """Of a workdir, or of one of its checkpoints."""
     workdir = checkpoint.workdir_of(folder)
     recipe = read_recipe(workdir)
-    vit = dataclasses.replace(recipe.model, drop_path=0.0, remat=False, dtype="float32")
+    vit = dataclasses.replace(
+        recipe.model, drop_path=0.0, remat="none", scan=False, attention="auto", dtype="float32"
+    )
     backbone = jax.eval_shape(functools.partial(init_params, vit, None, 0))
     state = checkpoint.load(folder, "state", {"teacher": {"backbone": backbone}})
     mean, std = (s[: vit.channels] for s in (recipe.augment.mean, recipe.augment.std))

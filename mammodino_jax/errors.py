@@ -9,6 +9,10 @@ class UserError(Exception):
     """Bad input: the message names what is wrong, what was expected, and what to do next."""
 
 
+class DataError(Exception):
+    """A batch could not be made, by no fault of the settings: the message names step, record and worker."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return ' Did you mean "x"?' for the known name closest to `name`, or '' where none is close."""
     close = difflib.get_close_matches(str(name), list(known), n=1)

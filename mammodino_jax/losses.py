@@ -77,7 +77,10 @@ def dino_loss(teacher_BVK, global_BVK, local_BLK):
 
 
 def ibot_loss(teacher_BMK, student_BMK, weight_BM):
-    """Cross-entropy of masked patches: a view's masked patches weigh 1/count; mean over all 2B views."""
+    """Cross-entropy of masked patches: a view's masked patches weigh 1/count; mean over all 2B views.
+
+    The plain statement of the term: training computes it in chunks (patch_loss.py); tests compare them.
+    """
     views = 2 * weight_BM.shape[0]
     return jnp.sum(cross_entropy(teacher_BMK, student_BMK) * weight_BM) / views
 
@@ -125,13 +128,14 @@ def koleo_loss(x_BD, group: int = 0, patient_B=None):
     return spread_G.mean(), same_share
 
 
-def entropy(probs_RK, weight_R=None):
-    """Mean entropy of rows, in units of ln K: 1 is uniform, 0 is one prototype."""
-    h = -jnp.sum(probs_RK * jnp.log(jnp.maximum(probs_RK, 1e-30)), axis=-1) / jnp.log(probs_RK.shape[-1])
-    if weight_R is None:
-        return h.mean()
-    valid = (weight_R > 0).astype(jnp.float32)
-    return jnp.sum(h * valid) / jnp.maximum(valid.sum(), 1.0)
+def entropies(probs_RK):
+    """Entropy of each row, in units of ln K: 1 is uniform, 0 is one prototype."""
+    return -jnp.sum(probs_RK * jnp.log(jnp.maximum(probs_RK, 1e-30)), axis=-1) / jnp.log(probs_RK.shape[-1])
+
+
+def entropy(probs_RK):
+    """Mean of `entropies`."""
+    return entropies(probs_RK).mean()
 
 
 def prototype_use(probs_RK):

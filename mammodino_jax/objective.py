@@ -1,7 +1,7 @@
 """The objective: from a batch to the sum of all loss terms, with the figures that watch them.
 
 B images of a (micro-)batch, V views, L local views, N patches a view, M masked-patch slots, A slice pairs,
-D width, K prototypes, S side, C channels.
+D width, K prototypes, S side, C channels, G blocks of images with their slice pair (_join).
 """
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from mammodino_jax import losses
 from mammodino_jax.augment import photometric, photometric_pairs
 from mammodino_jax.model.head import bind
+from mammodino_jax.patch_loss import patch_loss
 from mammodino_jax.recipe import Recipe
 from mammodino_jax.sharding import spread_rows
 
@@ -33,42 +34,59 @@ def make_views(batch: dict, recipe: Recipe) -> dict:
     return views
 
 
-def _encode(net, views_BVSSC, mask=None, key=None, group=0):
-    """Backbone on [B, V, S, S, C]: CLS [B, V, D] and patch tokens [B, V*N, D]."""
-    B, V = views_BVSSC.shape[:2]
-    out = net.backbone(views_BVSSC.reshape(B * V, *views_BVSSC.shape[2:]), mask, key, group * V)
-    return out["cls"].reshape(B, V, -1), out["patches"].reshape(B, -1, out["patches"].shape[-1])
+def _join(global_BVSSC, adjacent_ASSSC=None):
+    """Global views and slice pairs as [G, V, S, S, C], for one call of the backbone.
+
+    Without pairs G = B and V = 2. With them pair i joins its B/A images: G = A, V = 2B/A + sides. A device
+    holds whole blocks of this kind: nothing is sent. All views have the side S.
+    """
+    if adjacent_ASSSC is None:
+        return global_BVSSC
+    A = adjacent_ASSSC.shape[0]
+    return jnp.concatenate([global_BVSSC.reshape(A, -1, *global_BVSSC.shape[2:]), adjacent_ASSSC], axis=1)
 
 
-def _gather(tokens_BND, index_BM):
+def _part(x_GVX, B: int):
+    """What _join joined, of features: of the global views [B, 2, ...] and of the pairs [A, sides, ...]."""
+    views = 2 * B // x_GVX.shape[0]
+    return x_GVX[:, :views].reshape(B, 2, *x_GVX.shape[2:]), x_GVX[:, views:]
+
+
+def _encode(net, views_GVSSC, mask=None, key=None, group: int = 0):
+    """Backbone on [G, V, S, S, C]: CLS [G, V, D], patches [G, V, N, D]; `group` views drop paths together."""
+    G, V = views_GVSSC.shape[:2]
+    out = net.backbone(views_GVSSC.reshape(G * V, *views_GVSSC.shape[2:]), mask, key, group)
+    return tuple(out[name].reshape(G, V, *out[name].shape[1:]) for name in ("cls", "patches"))
+
+
+def _gather(tokens_BVND, index_BM):
+    tokens_BND = tokens_BVND.reshape(tokens_BVND.shape[0], -1, tokens_BVND.shape[-1])
     return jnp.take_along_axis(tokens_BND, index_BM[..., None], axis=1)
 
 
-def _targets(logits_RK, logits_adjacent, patch_logits, weight_R, center, temp, recipe: Recipe):
-    """Teacher probabilities of global CLS [R, K], slice-pair CLS (or None) and patches; sums for the centers.
+def _targets(logits_B2K, logits_ASK, center, temp, c):
+    """Teacher probabilities of the global CLS [B, 2, K] and of the pairs' [A, sides, K] (or None).
 
-    A center lags one step. Slice pairs move it only with `loss.adjacent_updates_center`.
+    `c` is the LossConfig.
     """
-    c, adjacent = recipe.loss, None
-    rows = logits_RK
-    if logits_adjacent is not None and c.adjacent_updates_center:
-        rows = jnp.concatenate([logits_RK, logits_adjacent])
-    sums = {"dino": losses.center_sum(rows), "ibot": losses.center_sum(patch_logits, weight_R)}
-    sums = {name: sums[name] for name in center}
+    B, K, adjacent = logits_B2K.shape[0], logits_B2K.shape[-1], None
     if c.centering == "centering":
-        target = losses.center_softmax(logits_RK, center["dino"], temp)
-        patch_target = losses.center_softmax(patch_logits, center["ibot"], temp)
+        target = losses.center_softmax(logits_B2K, center["dino"], temp)
+    elif logits_ASK is not None and c.adjacent_sinkhorn:
+        joined_GVK = _join(logits_B2K, logits_ASK)
+        target, adjacent = _part(
+            losses.sinkhorn(joined_GVK.reshape(-1, K), temp).reshape(joined_GVK.shape), B
+        )
     else:
-        patch_target = losses.sinkhorn(patch_logits, temp, weight_R)
-        joined = logits_adjacent is not None and c.adjacent_sinkhorn
-        rows = jnp.concatenate([logits_RK, logits_adjacent]) if joined else logits_RK
-        target, adjacent = jnp.split(losses.sinkhorn(rows, temp), [len(logits_RK)])
-    if logits_adjacent is not None and "dino" in center:
-        adjacent = losses.center_softmax(logits_adjacent, center["dino"], temp)
-    return target, adjacent, patch_target, sums
+        target = losses.sinkhorn(logits_B2K.reshape(-1, K), temp).reshape(logits_B2K.shape)
+    if logits_ASK is not None and "dino" in center:
+        adjacent = losses.center_softmax(logits_ASK, center["dino"], temp)
+    return target, adjacent
 
 
-def loss_fn(student: dict, teacher: dict, center: dict, views: dict, key, values: dict, recipe: Recipe):
+def loss_fn(
+    student: dict, teacher: dict, center: dict, views: dict, key, values: dict, recipe: Recipe, mesh=None
+):
     """All loss terms of one (micro-)batch.
 
     Args:
@@ -79,6 +97,7 @@ def loss_fn(student: dict, teacher: dict, center: dict, views: dict, key, values
         [A], the place of each pair's distance in pairs.offsets.
       key: drop-path key, or None for none.
       values: of the schedules: "teacher_temp", and "adjacent_weight" where there are slice pairs.
+      mesh: that the views lie on; None: one device.
 
     Returns:
       (loss, ({center: (sum [K], rows)}, metrics)).
@@ -88,41 +107,49 @@ def loss_fn(student: dict, teacher: dict, center: dict, views: dict, key, values
     net_t = bind(teacher, recipe.model, recipe.head)
     ibot_head, ibot_head_t = (getattr(n, "ibot_head", n.dino_head) for n in (net, net_t))
     index, weight = views["mask_index"], views["mask_weight"]
-    B, S = views["global"].shape[0], views["global"].shape[2]
+    B, _, S = views["global"].shape[:3]
     patches = (S // recipe.model.patch_size) ** 2
     masked = jax.vmap(lambda i, w: jnp.zeros(2 * patches, bool).at[i].max(w > 0))(index, weight)
-    keys = (None, None, None) if key is None else jax.random.split(key, 3)
-    both = recipe.pairs.symmetric  # slices k and k +- d teach each other
+    keys = (None, None) if key is None else jax.random.split(key)
+    seen = seen_t = views.get("adjacent")
+    reuse = (
+        seen is not None and seen.shape[1] == 1
+    )  # the pair of global view 0 of row i * B/A: no student view
+    if seen is not None and not recipe.pairs.symmetric:  # else slices k and k +- d teach each other
+        seen, seen_t = (None if reuse else seen[:, :1]), seen[:, -1:]
 
-    # 1. The teacher sees the unmasked global views, and slice k +- d.
-    cls_t, patch_t = _encode(net_t, views["global"])
-    logits_t = net_t.dino_head(cls_t).reshape(2 * B, -1)
-    patch_logits_t = ibot_head_t(_gather(patch_t, index)).reshape(weight.size, -1)
-    adjacent_logits_t = None
-    if "adjacent" in views:
-        adjacent_cls_t, _ = _encode(net_t, views["adjacent"] if both else views["adjacent"][:, -1:])
-        A, sides = adjacent_cls_t.shape[:2]
-        adjacent_logits_t = net_t.dino_head(adjacent_cls_t).reshape(A * sides, -1)
+    # 1. The teacher sees the unmasked global views, and slice k +- d; its targets.
+    joined_t = _join(views["global"], seen_t)
+    cls_GVD, patch_GVND = _encode(net_t, joined_t)
+    cls_t, adjacent_cls_t = _part(cls_GVD, B)
+    logits_t, adjacent_logits_t = _part(net_t.dino_head(cls_GVD), B)
+    adjacent_logits_t = None if seen_t is None else adjacent_logits_t
+    tokens_t = _gather(_part(patch_GVND, B)[0], index)
+    target, adjacent_target = _targets(logits_t, adjacent_logits_t, center, values["teacher_temp"], c)
 
-    # 2. Its targets.
-    target, adjacent_target, patch_target, sums = _targets(
-        logits_t, adjacent_logits_t, patch_logits_t, weight.ravel(), center, values["teacher_temp"], recipe
-    )
+    # 2. The student sees masked global views, slice k, and all local views.
+    joined = _join(views["global"], seen)
+    mask = masked.reshape(B, 2, patches)
+    if seen is not None:
+        mask = _join(mask, jnp.zeros((*seen.shape[:2], patches), bool))
+    group = c.drop_path_group * joined.shape[0] * joined.shape[1] // B
+    cls_GVD, patch_GVND = _encode(net, joined, mask.reshape(-1, patches), keys[0], group)
+    cls_local, _ = _encode(net, views["local"], None, keys[1], c.drop_path_group * views["local"].shape[1])
+    cls, adjacent_cls = _part(cls_GVD, B)
+    logits, adjacent_logits = _part(net.dino_head(cls_GVD), B)
+    logits_local = net.dino_head(cls_local)
+    tokens = _gather(_part(patch_GVND, B)[0], index)
 
-    # 3. The student sees masked global views and all local views.
-    mask = masked.reshape(B * 2, patches)
-    cls, patch = _encode(net, views["global"], mask, keys[0], c.drop_path_group)
-    cls_local, _ = _encode(net, views["local"], None, keys[1], c.drop_path_group)
-    logits, logits_local = net.dino_head(cls), net.dino_head(cls_local)
-    patch_logits = ibot_head(_gather(patch, index))
-
-    # 4. The terms.
-    dino_global, dino_local = losses.dino_loss(target.reshape(B, 2, -1), logits, logits_local)
-    ibot = losses.ibot_loss(patch_target.reshape(*weight.shape, -1), patch_logits, weight)
+    # 3. The terms.
+    dino_global, dino_local = losses.dino_loss(target, logits, logits_local)
+    ibot, of_patches = patch_loss(
+        ibot_head, ibot_head_t, tokens, tokens_t, weight, center.get("ibot"), values["teacher_temp"],
+        chunk=c.patch_chunk, mesh=mesh,
+    )  # fmt: skip
     koleo, same = zip(
         *(losses.koleo_loss(cls[:, v], c.koleo_group, views["patient"]) for v in (0, 1)), strict=True
     )
-    spread, dead = losses.prototype_use(target)
+    spread, dead = losses.prototype_use(target.reshape(-1, target.shape[-1]))
     metrics = {
         "dino_global": dino_global,
         "dino_local": dino_local,
@@ -130,27 +157,29 @@ def loss_fn(student: dict, teacher: dict, center: dict, views: dict, key, values
         "koleo": sum(koleo) / 2,
         "koleo_same_patient": sum(same) / 2,
         "teacher_entropy": losses.entropy(target),
-        "teacher_entropy_patch": losses.entropy(patch_target, weight.ravel()),
+        "teacher_entropy_patch": of_patches["entropy"],
         "prototype_kl": spread,
         "prototypes_dead": dead,
         "cls_cosine": losses.mean_cosine(cls_t[:, 0]),
         "teacher_distance": 1 - losses.cosine(cls, cls_t).mean(),
     }
     loss = c.dino_weight * (dino_global + dino_local) + c.ibot_weight * ibot + c.koleo_weight * sum(koleo)
-    if "adjacent" in views:
-        if views["adjacent"].shape[1] == 1:  # reuse: pair i belongs to row i * B / A, view 0
-            adjacent_cls = cls[:: B // A, :1]
-        else:
-            group = min(c.drop_path_group, A)
-            seen = views["adjacent"] if both else views["adjacent"][:, :1]
-            adjacent_cls, _ = _encode(net, seen, None, keys[2], group)
-        adjacent_logits = net.dino_head(adjacent_cls)
-        target_ASK = adjacent_target.reshape(A, sides, -1)[:, ::-1]
-        metrics["adjacent"] = losses.adjacent_loss(target_ASK, adjacent_logits)
+    if seen_t is not None:
+        A = len(seen_t)
+        if reuse:
+            adjacent_cls, adjacent_logits = (x[:: B // A, :1] for x in (cls, logits))
+        metrics["adjacent"] = losses.adjacent_loss(adjacent_target[:, ::-1], adjacent_logits)
         loss = loss + values["adjacent_weight"] * metrics["adjacent"]
         gap = losses.pair_gap(adjacent_cls[:, 0], adjacent_cls_t[:, -1])
         metrics |= by_offset("pair_gap", gap, views["adjacent_offset"], recipe.pairs)
-    return loss, (sums, {"loss": loss, **metrics})
+    # 4. What moves the centers, which lag one step; slice pairs do only with loss.adjacent_updates_center.
+    drag = seen_t is not None and c.adjacent_updates_center
+    rows = _join(logits_t, adjacent_logits_t) if drag else logits_t
+    sums = {
+        "dino": losses.center_sum(rows.reshape(-1, rows.shape[-1])),
+        "ibot": (of_patches["sum"], of_patches["rows"]),
+    }
+    return loss, ({name: sums[name] for name in center}, {"loss": loss, **metrics})
 
 
 def by_offset(name: str, value_A, offset_A, pairs) -> dict:
@@ -194,7 +223,7 @@ def gradients(state: dict, batch: dict, key, values: dict, recipe: Recipe, mesh=
     def one(micro, key):
         views = make_views(micro, recipe)
         (_, (sums, metrics)), grads = step(
-            state["student"], state["teacher"], state["center"], views, key, values, recipe
+            state["student"], state["teacher"], state["center"], views, key, values, recipe, mesh
         )
         return grads, sums, metrics | watch_pixels(micro, recipe)
 

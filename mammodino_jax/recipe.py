@@ -12,7 +12,7 @@ from mammodino_jax.data.pairs import PairConfig
 from mammodino_jax.data.pipeline import DataConfig
 from mammodino_jax.errors import UserError, suggest
 from mammodino_jax.model.head import HeadConfig
-from mammodino_jax.model.vit import ViTConfig
+from mammodino_jax.model.vit import REMAT, ViTConfig
 from mammodino_jax.optimizer import OptimConfig
 from mammodino_jax.profiling import steps_of
 
@@ -32,6 +32,7 @@ class LossConfig:
     centering: str = "centering"  # or "sinkhorn"
     koleo_group: int = 0  # consecutive rows within which neighbours are sought; 0: the global batch
     drop_path_group: int = 0  # images that share one drop-path draw; 0: the global batch
+    patch_chunk: int = 0  # masked slots of an image whose logits are held at once; 0: all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +142,14 @@ def _check(r: Recipe) -> None:
         raise UserError(f"config.model.channels is {r.model.channels}, expected 1 or 3")
     if r.model.ffn not in ("mlp", "swiglu"):
         raise UserError(f"config.model.ffn is {r.model.ffn!r}, expected mlp or swiglu")
+    for name, known in (("remat", tuple(REMAT)), ("attention", ("auto", "xla", "cudnn"))):
+        value = getattr(r.model, name)
+        if value not in known:
+            raise UserError(
+                f"config.model.{name} is {value!r}, expected {', '.join(known)}.{suggest(str(value), known)}"
+            )
+    if r.model.attention == "cudnn" and r.model.dtype not in ("bfloat16", "float16"):
+        raise UserError(f"config.model.attention cudnn needs dtype bfloat16 or float16, not {r.model.dtype}")
     if r.model.dim % r.model.heads:
         raise UserError(
             f"config.model.dim {r.model.dim} is not a multiple of config.model.heads {r.model.heads}"
@@ -153,6 +162,8 @@ def _check(r: Recipe) -> None:
     for name, value in at_least_one.items():
         if value < 1:
             raise UserError(f"config.{name} is {value}, expected 1 or more")
+    if r.loss.patch_chunk < 0:
+        raise UserError(f"config.loss.patch_chunk is {r.loss.patch_chunk}, expected 0 (all) or more")
     steps_of(r.profile_steps)
     for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
         if getattr(r.run, name) < 1:
@@ -165,11 +176,12 @@ def _check(r: Recipe) -> None:
             "config.accumulate is above 1 with config.loss.centering sinkhorn, which needs all rows at once; "
             "use centering, or accumulate 1"
         )
-    rows, pairs = r.batch_size // r.accumulate, r.dbt_rows // r.accumulate  # of a micro-batch
-    group = min(r.loss.drop_path_group, pairs) if r.pairs.mode == "dedicated" else 0
-    if group and pairs % group:
+    rows, group = r.batch_size // r.accumulate, r.loss.drop_path_group  # rows of a micro-batch
+    every = r.batch_size // r.dbt_rows if r.dbt_rows and r.pairs.mode == "dedicated" else 1
+    if group % every:
         raise UserError(
-            f"config.loss.drop_path_group {group} does not divide config.dbt_rows / accumulate {pairs}"
+            f"config.loss.drop_path_group {group} is not a multiple of batch_size / dbt_rows {every}: slice "
+            "pairs drop paths with the images that they lie among"
         )
     for name in ("global_size", "local_size"):
         size = getattr(r.crops, name)

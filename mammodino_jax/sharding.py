@@ -46,7 +46,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
 
 
 def spread_rows(tree, mesh):
-    """Lay the second axis of [micro-batches, rows, ...] arrays over all devices of a mesh (None: one device)."""
+    """Lay the second axis of [micro-batches, rows, ...] arrays over a mesh's devices (None: one device)."""
     if mesh is None:
         return tree
     rows = NamedSharding(mesh, P(None, *ROWS))

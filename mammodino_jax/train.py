@@ -122,7 +122,17 @@ def check_workdir(config, workdir: Path) -> None:
     if not path.exists():
         return
     there, here = (dict(_flatten(c)) for c in (json.loads(path.read_text()), _jsonable(config)))
-    free = ("run.", "data.workers", "data.threads", "fsdp", "model.remat", "profile_steps")
+    free = (
+        "run.",
+        "data.workers",
+        "data.threads",
+        "fsdp",
+        "model.remat",
+        "model.scan",
+        "model.attention",
+        "loss.patch_chunk",
+        "profile_steps",
+    )
     names = sorted(name for name in there.keys() | here.keys() if not name.startswith(free))
     changed = [name for name in names if there.get(name) != here.get(name)]
     if changed:

@@ -35,7 +35,7 @@ def test_continuation_starts_from_the_weights_and_says_so(dataset, tmp_path):
     """The `continue` recipe: the backbone stays as it was while the heads move, and moves after that."""
     c = shrink(importlib.import_module("configs.continue").get_config(f"hub:{tmp_path / 'w.safetensors'}"))
     c.data.update(sources=((str(dataset), "train", ("2d", "dbt"), 1.0),), workers=0)
-    c.model.update(dim=128, heads=2, image_size=42, drop_path=0.0, remat=False, dtype="float32")
+    c.model.update(dim=128, heads=2, image_size=42, drop_path=0.0, remat="none", dtype="float32")
     c.loss.drop_path_group = 0
     c.init.update(freeze_steps=4, unfreeze_steps=10**7)  # step 4 moves it by nothing to speak of
     c.optim.update(warmup_steps=1, base_lr=0.1)

@@ -42,6 +42,8 @@ def test_run_writes_metrics_pictures_and_a_loadable_encoder(dataset, tmp_path):
         assert all(np.isfinite(list(r.values()))) and r["bad"] == 0
         assert {"dino_global", "dino_local", "ibot", "koleo", "adjacent", "data/global_coverage"} <= r.keys()
     assert {p.name for p in (tmp_path / "samples").iterdir()} == {"crops.png", "pairs.png"}
+    timed = metrics.read(tmp_path / "metrics.jsonl")[4:]  # the step is compiled, the pipeline filled
+    assert np.median([r["time/data_wait"] for r in timed]) < 0.3
     encoder = load_encoder(str(tmp_path))
     assert encoder.provenance["terms"] == {"test": "synthetic"} and len(encoder.provenance["patients"]) == 50
     for a, b in zip(
@@ -86,7 +88,14 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_step(dataset):
         {"pairs": {"mode": "reuse"}},
         {"loss": {"centering": "centering"}, "head": {"separate_ibot": True}},
         {
-            "model": {"drop_path": 0.5, "remat": True, "registers": 2, "channels": 1, "dtype": "bfloat16"},
+            "model": {
+                "drop_path": 0.5,
+                "remat": "block",
+                "scan": True,
+                "registers": 2,
+                "channels": 1,
+                "dtype": "bfloat16",
+            },
             "loss": {"drop_path_group": 4},
         },
     ],
@@ -157,8 +166,12 @@ def test_main_names_a_mistyped_field(tmp_path):
         ({"crops": {"patch": 7}}, "patch"),
         ({"crops": {"local_number": 0}}, "local_number is 0"),
         ({"run": {"log_every": 0}}, "log_every is 0"),
-        ({"loss": {"drop_path_group": 3}}, "drop_path_group 3 does not divide"),
+        ({"loss": {"drop_path_group": 6}}, "drop_path_group 6 does not divide"),
+        ({"loss": {"drop_path_group": 3}}, "drop_path_group 3 is not a multiple of batch_size / dbt_rows 2"),
         ({"crops": {"global_size": 50}}, "multiple of"),
+        ({"model": {"remat": "blok"}}, "remat is 'blok'.* Did you mean \"block\""),
+        ({"model": {"attention": "cudnn"}}, "cudnn needs dtype bfloat16"),
+        ({"loss": {"patch_chunk": -1}}, "patch_chunk is -1"),
         ({"model": {"heads": 3}}, "not a multiple of config.model.heads"),
     ],
 )

@@ -234,7 +234,7 @@ def finetune(
     if (answer := untrainable(label_n, fold, classes)) is not None:
         return answer
     still = dataclasses.replace(encoder.vit, drop_path=0.0)
-    moving = dataclasses.replace(encoder.vit, drop_path=c.drop_path, remat=True)
+    moving = dataclasses.replace(encoder.vit, drop_path=c.drop_path, remat="block")
     look = AugmentConfig(blur_prob=(0.0, 0.0, 0.0), mean=tuple(encoder.mean), std=tuple(encoder.std))
     of_item = images.of_items()
     balance = class_weights(label_n[fold.train], classes)

@@ -34,11 +34,14 @@ class LastLayer(nnx.Module):
         self.weight_v = nnx.Param(v)
         self.weight_g = nnx.Param(jnp.ones((c.prototypes, 1)))
 
-    def __call__(self, x, dtype):
+    def weight(self):
+        """Prototypes float32 [K, bottleneck], of length weight_g."""
         v, g = self.weight_v[...], self.weight_g[...]
-        weight_KD = g * v / jnp.linalg.norm(v, axis=1, keepdims=True)
+        return g * v / jnp.linalg.norm(v, axis=1, keepdims=True)
+
+    def __call__(self, x, dtype):
         return jnp.einsum(
-            "...d,kd->...k", x.astype(dtype), weight_KD.astype(dtype), preferred_element_type=jnp.float32
+            "...d,kd->...k", x.astype(dtype), self.weight().astype(dtype), preferred_element_type=jnp.float32
         )
 
 
@@ -60,12 +63,16 @@ class DINOHead(nnx.Module):
 
     def __call__(self, x):
         """Tokens [..., D] to logits float32 [..., K]."""
-        x = jax.nn.gelu(self.mlp["0"](x), approximate=False)
-        x = jax.nn.gelu(self.mlp["2"](x), approximate=False)
-        x = self.mlp["4"](x).astype(jnp.float32)
-        # rsqrt of a floored square keeps the gradient finite at x = 0, where norm's is not
-        x = x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
-        return self.last_layer(x, self.dtype)
+        return self.last_layer(project(self.mlp, x), self.dtype)
+
+
+def project(mlp: nnx.Dict, x):
+    """Tokens [..., D] through the head's MLP to unit vectors float32 [..., bottleneck]."""
+    x = jax.nn.gelu(mlp["0"](x), approximate=False)
+    x = jax.nn.gelu(mlp["2"](x), approximate=False)
+    x = mlp["4"](x).astype(jnp.float32)
+    # rsqrt of a floored square keeps the gradient finite at x = 0, where norm's is not
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
 class Network(nnx.Module):

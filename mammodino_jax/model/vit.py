@@ -34,12 +34,23 @@ class ViTConfig:
         True  # (True, 0.0) for new training and registers; hub without registers: (False, 0.1);
     )
     pos_offset: float = 0.0  # Hugging Face without registers: (False, 0.0)
-    remat: bool = False  # recompute each block in the backward pass: less memory, a third more compute
+    remat: str = "none"  # what the backward pass computes again: see REMAT
+    scan: bool = False  # blocks as one compiled loop: compiles several times faster
+    attention: str = "auto"  # xla | cudnn: see attend
     dtype: str = "float32"  # of activations; parameters are always float32
 
     @property
     def grid(self) -> int:
         return self.image_size // self.patch_size
+
+
+# Recomputed in the backward pass, from most memory to least. cuDNN's attention never keeps probabilities.
+REMAT = {
+    "none": None,
+    "attention": None,  # attention scores and probabilities only (in attend)
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # all but the linear layers
+    "block": jax.checkpoint_policies.nothing_saveable,  # everything but the input of each block
+}
 
 
 @functools.lru_cache(maxsize=64)
@@ -118,17 +129,47 @@ class PatchEmbed(nnx.Module):
         return self.proj(x)
 
 
+def attend(q_BTHd, k_BTHd, v_BTHd, real_BT=None, implementation: str = "auto", remat: bool = False):
+    """Softmax attention, [B, T, H, d].
+
+    Args:
+      real_BT: bool, tokens to look at; None: all.
+      implementation: "xla" (scores of all pairs of tokens in memory), "cudnn" (flash attention, on NVIDIA
+        GPUs in half precision, without real_BT) or "auto": cudnn where it can be used.
+      remat: compute xla's scores again in the backward pass instead of keeping them, as cudnn always does.
+    """
+    half = q_BTHd.dtype in (jnp.bfloat16, jnp.float16) and real_BT is None and q_BTHd.shape[-1] % 8 == 0
+    if implementation == "auto":
+        implementation = "cudnn" if half and jax.default_backend() == "gpu" else "xla"
+    if implementation == "cudnn" and real_BT is None:
+        return _cudnn(q_BTHd, k_BTHd, v_BTHd)
+    mask = None if real_BT is None else real_BT[:, None, None]
+    attention = functools.partial(jax.nn.dot_product_attention, mask=mask, implementation="xla")
+    return (jax.checkpoint(attention) if remat else attention)(q_BTHd, k_BTHd, v_BTHd)
+
+
+def _cudnn(q_BTHd, k_BTHd, v_BTHd):
+    """Flash attention. JAX does not differentiate it at odd T (224 px: 257): a token is added, and hidden."""
+    B, T = q_BTHd.shape[:2]
+    if T % 2 == 0:
+        return jax.nn.dot_product_attention(q_BTHd, k_BTHd, v_BTHd, implementation="cudnn")
+    padded = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q_BTHd, k_BTHd, v_BTHd))
+    real_B = jnp.full(B, T, jnp.int32)
+    return jax.nn.dot_product_attention(
+        *padded, query_seq_lengths=real_B, key_value_seq_lengths=real_B, implementation="cudnn"
+    )[:, :T]
+
+
 class Attention(nnx.Module):
     def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
-        self.heads = c.heads
+        self.heads, self.implementation, self.remat = c.heads, c.attention, c.remat == "attention"
         self.qkv = nnx.Linear(c.dim, 3 * c.dim, kernel_init=normal_02, dtype=c.dtype, rngs=rngs)
         self.proj = nnx.Linear(c.dim, c.dim, kernel_init=normal_02, dtype=c.dtype, rngs=rngs)
 
     def __call__(self, x_BTD, real_BT=None):
         B, T, D = x_BTD.shape
         q, k, v = jnp.unstack(self.qkv(x_BTD).reshape(B, T, 3, self.heads, D // self.heads), axis=2)
-        seen = None if real_BT is None else real_BT[:, None, None]
-        return self.proj(jax.nn.dot_product_attention(q, k, v, mask=seen).reshape(B, T, D))
+        return self.proj(attend(q, k, v, real_BT, self.implementation, self.remat).reshape(B, T, D))
 
 
 class Mlp(nnx.Module):
@@ -239,6 +280,37 @@ class ViT(nnx.Module):
         cls = jnp.broadcast_to(pos[:, :1], (B, 1, D))
         return jnp.concatenate([cls, patches.reshape(B, rows * cols, D)], axis=1)
 
+    def _run_blocks(self, x_BTD, key, group: int, real_BT):
+        """All blocks, one after the other or as the body of a loop (`scan`); drop-path keys by number."""
+        remat, policy = self.c.remat in ("dots", "block"), REMAT[self.c.remat]
+        if not self.c.scan:
+            for i, block in enumerate(self.blocks):
+                block_key = None if key is None else jax.random.fold_in(key, i)
+
+                def run(x, block=block, block_key=block_key):
+                    return block(x, block_key, group, real_BT)
+
+                x_BTD = (jax.checkpoint(run, policy=policy) if remat else run)(x_BTD)
+            return x_BTD
+        graph, _ = nnx.split(self.blocks[0])
+        params = [nnx.to_pure_dict(nnx.state(block, nnx.Param)) for block in self.blocks]
+
+        def stack(*layers):
+            # matrices in the dtype that the layers would cast them to: half the copy
+            return jnp.stack([a.astype(self.c.dtype) if a.ndim > 1 else a for a in layers])
+
+        def body(x, layer):
+            i, params = layer
+            block_key = None if key is None else jax.random.fold_in(key, i)
+            return nnx.merge(graph, params)(x, block_key, group, real_BT), None
+
+        if remat:
+            body = jax.checkpoint(
+                body, policy=policy, prevent_cse=False
+            )  # a loop's body is not merged anyway
+        layers = jnp.arange(len(params)), jax.tree.map(stack, *params)
+        return jax.lax.scan(body, x_BTD, layers)[0]
+
     def __call__(self, images, mask=None, key=None, group: int = 0, grids=None):
         """Encode images.
 
@@ -273,13 +345,7 @@ class ViT(nnx.Module):
         if c.registers:  # they get no position
             registers = jnp.broadcast_to(self.register_tokens[...].astype(x.dtype), (B, c.registers, c.dim))
             x = jnp.concatenate([x[:, :1], registers, x[:, 1:]], axis=1)
-        for i, block in enumerate(self.blocks):
-            block_key = None if key is None else jax.random.fold_in(key, i)
-
-            def run(x, block=block, block_key=block_key):
-                return block(x, block_key, group, real)
-
-            x = jax.checkpoint(run)(x) if c.remat else run(x)
+        x = self._run_blocks(x, key, group, real)
         out = self.norm(x)
         first = 1 + c.registers
         return {"cls": out[:, 0], "patches": out[:, first:]}
@@ -304,5 +370,6 @@ def cls_attention(model: ViT, images, grids=None):
             return a(x_BTD, real_BT)
 
     model.blocks[-1].attn = Watched()
+    model.c = dataclasses.replace(model.c, scan=False)  # the last block is no longer like the others
     model(images, grids=grids)
     return seen[0][:, :, 1 + model.c.registers :]

@@ -86,7 +86,7 @@ def recipe(name: str, two_stages: bool, weights: str, data: Path, seed: int):
     c.data.box, c.pairs.mode = terms.data.box, "none"
     c.seed, c.steps, c.batch_size, c.dbt_rows = seed, STEPS, BATCH, 0
     c.data.update(sources=((str(data), "train", ("film",), 1.0),), workers=0)
-    c.model.update(dim=384, heads=6, drop_path=0.0, remat=False, dtype="bfloat16" if GPU else "float32")
+    c.model.update(dim=384, heads=6, drop_path=0.0, remat="none", dtype="bfloat16" if GPU else "float32")
     c.head.update(prototypes=1024, bottleneck=64, hidden=512, separate_ibot=False)
     c.loss.drop_path_group = 0
     c.init.update(freeze_steps=FREEZE if two_stages else 0, unfreeze_steps=THAW if two_stages else 0)
