@@ -7,7 +7,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from mammodino_jax.commandline import parse
-from mammodino_jax.errors import UserError
+from mammodino_jax.errors import DataError, UserError
 
 config_flags.DEFINE_config_file("config", None, "Recipe, e.g. configs/vitb14_518.py.", lock_config=True)
 flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures go; the same command resumes.")
@@ -17,9 +17,13 @@ flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
 
 
 def ours_or_error(record) -> bool:
-    """Console lines are ours; libraries show errors only (a checkpoint logs dozens of lines)."""
+    """Console lines are ours; libraries show errors only (a checkpoint logs dozens of lines).
+
+    Where a checkpoint cannot be read or written, our line says why; Orbax and asyncio add pages.
+    """
     ours = "mammodino_jax" in record.pathname or record.filename == "main.py"
-    return ours or record.levelno >= stdlib_logging.ERROR
+    pages = "orbax" in record.pathname or "asyncio" in record.pathname
+    return ours or (record.levelno >= stdlib_logging.ERROR and not pages)
 
 
 def main(_):
@@ -30,9 +34,9 @@ def main(_):
     try:
         connect(flags.FLAGS.coordinator, flags.FLAGS.processes, flags.FLAGS.process)
         train(flags.FLAGS.config, flags.FLAGS.workdir)
-    except UserError as error:
+    except (UserError, DataError) as error:  # of the second, another try may help
         print("error:", error, file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else 1)
 
 
 if __name__ == "__main__":

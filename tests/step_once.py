@@ -26,8 +26,7 @@ def main(job: dict) -> None:
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from mammodino_jax import sharding
-    from mammodino_jax.checkpoint import Checkpoints
+    from mammodino_jax import checkpoint, sharding
     from mammodino_jax.convert.hub import to_hub
     from mammodino_jax.data.pipeline import make_batches
     from mammodino_jax.hosts import connect
@@ -76,14 +75,12 @@ def main(job: dict) -> None:
     )  # fmt: skip
     state, metrics = step_fn(state, sharding.put_batch(first, mesh))
     write(f"{name}.npz", result(state, metrics))
-    checkpoints = Checkpoints(folder / name)
+    checkpoints = checkpoint.Checkpoints(folder / name)
     checkpoints.save(START + 1, state, {"foreign": []})
     checkpoints.close()
     for other in job["restore"]:
         wait_for(folder / other / str(START + 1))
-        checkpoints = Checkpoints(folder / other)
-        state = checkpoints.restore(target)
-        checkpoints.close()
+        _, state, _ = checkpoint.restore(folder / other, target)
         restored = result(state, {})["state"]
         state, metrics = step_fn(state, sharding.put_batch(second, mesh))
         write(f"{name}-from-{other}.npz", result(state, metrics) | {"restored": restored})

@@ -1,12 +1,8 @@
 """The training loop on a tiny synthetic data set: it learns, resumes, survives bad steps and bad input."""
 
 import functools
-import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -55,44 +51,6 @@ def test_run_writes_metrics_pictures_and_a_loadable_encoder(dataset, tmp_path):
     ):
         np.testing.assert_array_equal(a, b)
     assert encoder(np.zeros((2, 42, 42), np.uint8))["cls"].shape == (2, 32)
-
-
-@pytest.mark.slow
-def test_killed_run_resumes_to_the_same_metrics_and_parameters(dataset, tmp_path):
-    """SIGKILL between checkpoints; the same command ends as an uninterrupted run does."""
-    config = tmp_path / "recipe.py"
-    config.write_text(
-        "import json\nfrom ml_collections import ConfigDict\n"
-        f"VALUES = json.loads('''{json.dumps(tiny(dataset, steps=40).to_dict())}''')\n\n"
-        "def get_config():\n    return ConfigDict(VALUES)\n"
-    )
-    command = [sys.executable, "main.py", f"--config={config}", "--config.run.checkpoint_every=10"]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-
-    def start(name):
-        return subprocess.Popen(
-            [*command, f"--workdir={tmp_path / name}"], cwd=REPO, env=env, stderr=subprocess.PIPE
-        )
-
-    straight = start("straight")
-    killed = start("killed")
-    deadline = time.time() + 300
-    while len(metrics.read(tmp_path / "killed" / "metrics.jsonl")) < 14:
-        assert time.time() < deadline and killed.poll() is None, killed.stderr.read().decode()[-2000:]
-        time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert straight.communicate(timeout=300)[1] is not None and straight.returncode == 0
-    assert 10 <= checkpoint.steps(tmp_path / "killed" / "checkpoints")[-1] < 40
-    resumed = start("killed")
-    err = resumed.communicate(timeout=300)[1]
-    assert resumed.returncode == 0, err.decode()[-2000:]
-    a, b = rows(tmp_path / "straight"), rows(tmp_path / "killed")
-    assert len(a) == 40
-    assert a == b
-    params = [jax.tree.leaves(load_encoder(str(tmp_path / n)).params) for n in ("straight", "killed")]
-    for x, y in zip(*params, strict=True):
-        np.testing.assert_array_equal(x, y)
 
 
 def batch_of(recipe, start_step=0):
