@@ -17,7 +17,7 @@ from mammodino_jax import checkpoint, provenance
 from mammodino_jax.checkpoint import Checkpoints
 from mammodino_jax.convert.pretrained import load_pretrained, merge
 from mammodino_jax.data.index import full_frames
-from mammodino_jax.data.pipeline import make_batches
+from mammodino_jax.data.pipeline import empty_batch, make_batches
 from mammodino_jax.data.statistics import tissue_statistics
 from mammodino_jax.diagnostics import Watch
 from mammodino_jax.errors import UserError
@@ -29,7 +29,7 @@ from mammodino_jax.optimizer import adam, adamw_update, clip_by_module
 from mammodino_jax.pictures import draw_batch
 from mammodino_jax.recipe import Recipe, check_devices, from_config
 from mammodino_jax.schedules import Cosine, scaled_lr
-from mammodino_jax.sharding import make_mesh, put_batch, state_shardings
+from mammodino_jax.sharding import ROWS, make_mesh, put_batch, state_shardings
 
 
 def init_state(recipe: Recipe, loaded: dict | None = None) -> dict:
@@ -182,6 +182,18 @@ def abstract_state(recipe: Recipe, mesh) -> dict:
         abstract,
         state_shardings(abstract, mesh),
     )
+
+
+def abstract_batch(recipe: Recipe, mesh) -> dict:
+    """Shapes, dtypes and shardings of a global batch (make_batches' contract, records without findings)."""
+    rows = NamedSharding(mesh, ROWS)
+    one = empty_batch(recipe.crops, recipe.mask, recipe.pairs, 1, min(recipe.dbt_rows, 1))
+
+    def whole(name, x):
+        first = recipe.dbt_rows if name.startswith("adjacent") else recipe.batch_size
+        return jax.ShapeDtypeStruct((first, *x.shape[1:]), x.dtype, sharding=rows)
+
+    return {name: whole(name, x) for name, x in one.items()}
 
 
 def jit_step(recipe: Recipe, mesh):

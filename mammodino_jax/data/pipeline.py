@@ -200,7 +200,7 @@ class _Batches:
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         b, a = self.batch_size // self.processes, self.dbt_rows // self.processes
-        batch = self._empty(b, a)
+        batch = empty_batch(self.crops, self.mask, self.pairs, b, a, len(self.records.lesion_box) > 0)
         volumes = self._volumes(step)[self.process * a : (self.process + 1) * a]
         every = b // a if a else b + 1
         flat = step * (self.batch_size - self.dbt_rows) + self.process * (b - a)
@@ -213,35 +213,6 @@ class _Batches:
                 self._row(batch, r, sample, place, self.records.image(place))
                 flat += 1
         return batch
-
-    def _empty(self, b: int, a: int) -> dict[str, np.ndarray]:
-        c = self.crops
-        M = masking.slots(self.mask, (c.global_size // c.patch) ** 2)
-        batch = {
-            "global_crops": np.empty((b, 2, c.global_size, c.global_size), np.uint8),
-            "local_crops": np.empty((b, c.local_number, c.local_size, c.local_size), np.uint8),
-            "mask_index": np.empty((b, M), np.int32),
-            "mask_weight": np.empty((b, M), np.float32),
-            "sample": np.empty(b, np.int32),
-            "patient": np.empty(b, np.int32),
-        }
-        metrics = ["mask_coverage", "plain_mask_coverage", "view_coverage", "masked_share", "visible_tissue"]
-        metrics += ["local_spread"] if c.local_number > 1 else []
-        metrics += ["mask_lesion"] if len(self.records.lesion_box) else []
-        kinds = ("global", "local") if c.local_number else ("global",)
-        metrics += [f"{kind}_{metric}" for kind in kinds for metric in _VIEW_METRICS]
-        by_mm = [kind for kind in kinds if getattr(c, f"{kind}_mm") is not None]
-        metrics += [f"{kind}_mm_{metric}" for kind in by_mm for metric in ("unknown", "short")]
-        if a and self.pairs.mode != "none":
-            dedicated = self.pairs.mode == "dedicated"
-            shape = (a, 2 if dedicated else 1, c.global_size, c.global_size)
-            batch |= {
-                "adjacent_crops": np.empty(shape, np.uint8),
-                "adjacent_gap_mm": np.empty(a, np.float32),
-                "adjacent_offset": np.empty(a, np.int32),
-            }
-            metrics += [f"adjacent_{metric}" for metric in _VIEW_METRICS] if dedicated else []
-        return batch | {f"count/{metric}": np.full(b, np.nan, np.float32) for metric in metrics}
 
     def _volumes(self, step: int) -> np.ndarray:
         """The volumes of a global batch, i64 [A], all distinct.
@@ -351,6 +322,41 @@ class _Batches:
         apart = slices if self.pairs.unit == "slices" else gap
         batch["adjacent_gap_mm"][i] = gap
         batch["adjacent_offset"][i] = np.abs(np.array(self.pairs.offsets) - apart).argmin()
+
+
+def empty_batch(
+    c: CropConfig, mask: MaskConfig, pairs: PairConfig, b: int, a: int, lesions: bool = False
+) -> dict[str, np.ndarray]:
+    """The arrays of make_batches' contract for b rows and a pairs, to be filled.
+
+    `lesions`: the records have findings, so their masking is counted.
+    """
+    M = masking.slots(mask, (c.global_size // c.patch) ** 2)
+    batch = {
+        "global_crops": np.empty((b, 2, c.global_size, c.global_size), np.uint8),
+        "local_crops": np.empty((b, c.local_number, c.local_size, c.local_size), np.uint8),
+        "mask_index": np.empty((b, M), np.int32),
+        "mask_weight": np.empty((b, M), np.float32),
+        "sample": np.empty(b, np.int32),
+        "patient": np.empty(b, np.int32),
+    }
+    metrics = ["mask_coverage", "plain_mask_coverage", "view_coverage", "masked_share", "visible_tissue"]
+    metrics += ["local_spread"] if c.local_number > 1 else []
+    metrics += ["mask_lesion"] if lesions else []
+    kinds = ("global", "local") if c.local_number else ("global",)
+    metrics += [f"{kind}_{metric}" for kind in kinds for metric in _VIEW_METRICS]
+    by_mm = [kind for kind in kinds if getattr(c, f"{kind}_mm") is not None]
+    metrics += [f"{kind}_mm_{metric}" for kind in by_mm for metric in ("unknown", "short")]
+    if a and pairs.mode != "none":
+        dedicated = pairs.mode == "dedicated"
+        shape = (a, 2 if dedicated else 1, c.global_size, c.global_size)
+        batch |= {
+            "adjacent_crops": np.empty(shape, np.uint8),
+            "adjacent_gap_mm": np.empty(a, np.float32),
+            "adjacent_offset": np.empty(a, np.int32),
+        }
+        metrics += [f"adjacent_{metric}" for metric in _VIEW_METRICS] if dedicated else []
+    return batch | {f"count/{metric}": np.full(b, np.nan, np.float32) for metric in metrics}
 
 
 def spread(windows: list[Window], shape: tuple[int, int]) -> float:
