@@ -6,8 +6,8 @@ XLA's own count (cost_analysis) is no substitute: it counts the body of a loop o
 - "model": what the algorithm needs (the convention of MFU). Forward of the teacher, three times the forward
   for the student (its backward costs two), no discount for drop-path, no recomputation, and the mean number
   of masked patches at `mask.ratio` if all patches held tissue.
-- "executed": what the program does (HFU). Blocks on the rows that drop-path keeps, the forward that `remat`
-  repeats in the backward pass, and all M patch slots, also the empty ones.
+- "executed": what the program does (HFU). Blocks on the rows that drop-path keeps, what `remat` repeats in
+  the backward pass, all M patch slots, also the empty ones, and Sinkhorn-Knopp's repeated teacher logits.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import dataclasses
 from mammodino_jax.data.masking import slots
 from mammodino_jax.model.head import HeadConfig
 from mammodino_jax.model.vit import ViTConfig
+from mammodino_jax.patch_loss import SINKHORN_ITERATIONS
 from mammodino_jax.recipe import Recipe
 
 
@@ -46,21 +47,27 @@ def chip(device_kind: str) -> Chip | None:
     return next((c for name, c in CHIPS.items() if device_kind.startswith(name)), None)
 
 
-def backbone_flops(c: ViTConfig, size: int) -> tuple[float, float]:
-    """Forward FLOPs of one image with sides of `size` pixels: (patch embedding, all blocks)."""
+def backbone_flops(c: ViTConfig, size: int) -> tuple[float, float, float]:
+    """Forward FLOPs of one image with sides of `size` pixels: patch embedding, linear layers, attention."""
     patches = (size // c.patch_size) ** 2
     T, D = 1 + c.registers + patches, c.dim
     hidden = int(D * c.mlp_ratio)
     ffn = 2 * hidden
     if c.ffn == "swiglu":  # two inputs and an output of two thirds of the width (vit.SwiGLU)
         ffn = 3 * ((int(hidden * 2 / 3) + 7) // 8 * 8)
-    block = 2 * T * D * (4 * D + ffn) + 4 * T * T * D  # linear layers; scores and their use
-    return 2 * patches * c.channels * c.patch_size**2 * D, c.depth * block
+    linear, attention = 2 * T * D * (4 * D + ffn), 4 * T * T * D  # attention: scores, and their use
+    return 2 * patches * c.channels * c.patch_size**2 * D, c.depth * linear, c.depth * attention
 
 
-def head_flops(dim: int, c: HeadConfig) -> float:
-    """Forward FLOPs of a projection head for one token."""
-    return 2 * (dim * c.hidden + c.hidden**2 + c.hidden * c.bottleneck + c.bottleneck * c.prototypes)
+def head_flops(dim: int, c: HeadConfig) -> tuple[float, float]:
+    """Forward FLOPs of a projection head for one token: MLP, prototypes."""
+    mlp = 2 * (dim * c.hidden + c.hidden**2 + c.hidden * c.bottleneck)
+    return mlp, 2 * c.bottleneck * c.prototypes
+
+
+# What the backward pass computes again (vit.REMAT), as shares of the linear layers and of attention; of the
+# latter "attention" needs the scores alone. Flash attention's own recomputation is not counted.
+AGAIN = {"none": (0, 0), "attention": (0, 0.5), "dots": (0, 1), "block": (1, 1)}
 
 
 def kept(rate: float, group: int) -> float:
@@ -76,35 +83,39 @@ def step_flops(recipe: Recipe) -> dict:
       "parts": {part: model FLOPs per image}, which add up to "model_per_image".
     """
     m, crops, loss = recipe.model, recipe.crops, recipe.loss
-    rows, pairs = recipe.batch_size // recipe.accumulate, recipe.dbt_rows // recipe.accumulate
+    rows = recipe.batch_size // recipe.accumulate
     mode = recipe.pairs.mode if recipe.dbt_rows else "none"
     sides = {"none": 0, "reuse": 1, "dedicated": 2 if recipe.pairs.symmetric else 1}[mode]  # of the teacher
     taught = sides if mode == "dedicated" else 0  # slices that the student sees besides its global views
     share = recipe.dbt_rows / recipe.batch_size
-    patches = (crops.global_size // m.patch_size) ** 2
-    masked = sum(recipe.mask.ratio) / 2 * patches
-    M = slots(recipe.mask, patches)
-    token = head_flops(m.dim, recipe.head)
-
-    def student(views: int, size: int, group: int) -> tuple[float, float]:
-        """(model, executed) of `views` images; `group` of them share a draw of drop-path."""
-        embed, blocks = backbone_flops(m, size)
-        runs = (4 if m.remat else 3) * kept(m.drop_path, group)
-        return 3 * views * (embed + blocks), views * (3 * embed + runs * blocks)
-
-    group = loss.drop_path_group
+    group = loss.drop_path_group or rows
     view = sum(backbone_flops(m, crops.global_size))
-    L, cls = crops.local_number, 2 + share * sides
-    student_cls = 2 + L + share * max(taught, sides)
+
+    def student(views: float, size: int, together: float) -> tuple[float, float]:
+        """(model, executed) of `views` images; those of `together` share a draw of drop-path."""
+        embed, linear, attention = backbone_flops(m, size)
+        more = [3 + again for again in AGAIN[m.remat]]
+        run = kept(m.drop_path, round(together * group)) * (more[0] * linear + more[1] * attention)
+        return 3 * views * (embed + linear + attention), views * (3 * embed + run)
+
+    patches = (crops.global_size // m.patch_size) ** 2
+    M = slots(recipe.mask, patches)
+    chunks = -(-M // loss.patch_chunk) if loss.patch_chunk else 1
+    mlp, prototypes = head_flops(m.dim, recipe.head)
+    cls = (2 + share * sides + 3 * (2 + crops.local_number + share * taught)) * (mlp + prototypes)
+    # Sinkhorn-Knopp computes the teacher's logits anew in each iteration (patch_loss.py)
+    anew = SINKHORN_ITERATIONS * prototypes if loss.centering == "sinkhorn" else 0
+    joined, L = 2 + share * taught, crops.local_number
     parts = {
         "teacher": (2 * view,) * 2,
-        "student global": student(2, crops.global_size, 2 * (group or rows)),
-        "student local": student(L, crops.local_size, L * (group or rows)),
-        "heads": tuple(token * (cls + n + 3 * (student_cls + n)) for n in (masked, M)),
+        "student, global views": student(2, crops.global_size, joined),
+        "student, local views": student(L, crops.local_size, L),
+        "slice pairs": tuple(share * (sides * view + n) for n in student(taught, crops.global_size, joined)),
+        "heads": (
+            cls + sum(recipe.mask.ratio) / 2 * patches * 4 * (mlp + prototypes),
+            cls + chunks * -(-M // chunks) * (4 * (mlp + prototypes) + anew),
+        ),
     }
-    if sides:
-        model, executed = student(taught, crops.global_size, (taught or 1) * min(group or pairs, pairs))
-        parts["slice pairs"] = (share * (sides * view + model), share * (sides * view + executed))
     model, executed = map(sum, zip(*parts.values(), strict=True))
     return {
         "model": model * recipe.batch_size,
