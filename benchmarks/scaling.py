@@ -38,7 +38,9 @@ def work(case: dict) -> dict:
     jax.config.update("jax_num_cpu_devices", devices // processes)
     if processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(case["address"], processes, case["process"])
+        jax.distributed.initialize(  # compiling starves heartbeats on few cores: they would end the run
+            case["address"], processes, case["process"], heartbeat_timeout_seconds=3600
+        )
     from mammodino_jax import sharding
     from mammodino_jax.train import abstract_state, init_state, jit_step
 
@@ -75,7 +77,7 @@ def run(layout: dict) -> dict:
         )
     texts = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
-        raise SystemExit(f"a process of {layout} failed")
+        return layout | {"failed": "a process failed"}
     results = [json.loads(text.splitlines()[-1]) for text in texts]
     return layout | max(results, key=lambda r: r["seconds"])
 
@@ -113,9 +115,15 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--devices and --processes begin with 1, which the others are compared with")
     same = {"recipe": args.recipe, "batch": args.batch, "dtype": "float32", "steps": args.steps}
     rows = [run(layout | same) for layout in layouts(args.devices, args.processes)]
-    one = rows[0]["seconds"]
-    lines = []
+    if "failed" in rows[0]:
+        parser.error("the single device failed: nothing to compare with")
+    one, lines = rows[0]["seconds"], []
     for r in rows:
+        if "failed" in r:
+            lines.append(
+                [r["processes"], r["devices"], r["mesh"], r["devices"] * r["batch"], r["failed"], "", ""]
+            )
+            continue
         overhead = r["seconds"] / (r["devices"] * one) - 1
         line = [r["processes"], r["devices"], r["mesh"], r["devices"] * r["batch"]]
         line += [f"{r['seconds']:.3f} ({r['fastest']:.3f} to {r['slowest']:.3f})", f"{100 * overhead:+.0f} %"]
