@@ -48,12 +48,16 @@ def work(case: dict) -> dict:
     recipe = recipe_of(case, devices)
     mesh = sharding.make_mesh(devices if case["mesh"] == "fsdp" else 1)
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(recipe, mesh))
-    held = {"state": jax.jit(functools.partial(init_state, recipe), out_shardings=shardings)()}
+    start = jax.jit(functools.partial(init_state, recipe), out_shardings=shardings).lower().compile()
     rows = {}
     for name, value in synthetic_batch(recipe).items():  # this process's part
         size = len(value) // processes
         rows[name] = value[case["process"] * size :][:size]
-    batch, step = sharding.put_batch(rows, mesh), jit_step(recipe, mesh)
+    batch = sharding.put_batch(rows, mesh)
+    step = jit_step(recipe, mesh).lower(abstract_state(recipe, mesh), batch).compile()
+    print("ready", flush=True)  # all have compiled before any goes on: Gloo waits 30 s for the others
+    sys.stdin.readline()
+    held = {"state": start()}
 
     def run():
         held["state"], metrics = jax.block_until_ready(step(held["state"], batch))
@@ -67,14 +71,22 @@ def run(layout: dict) -> dict:
     with socket.socket() as s:
         s.bind(("localhost", 0))
         address = f"localhost:{s.getsockname()[1]}"
-    environment = ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}
+    flags = ENVIRONMENT.get("XLA_FLAGS", "")
+    if layout["processes"] > 1:
+        # else independent collectives run in another order in each process, and Gloo ends with "collective
+        # mismatch" (seen with jax 0.10.2)
+        flags += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    environment = ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     started = []
     for process in range(layout["processes"]):
         case = json.dumps(layout | {"process": process, "address": address})
         command = [sys.executable, "-m", "benchmarks.scaling", "--work", case]
-        started.append(
-            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes))
+    if all(process.stdout.readline() == "ready\n" for process in started):
+        for process in started:
+            process.stdin.write("go\n")
+            process.stdin.flush()
     texts = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
         return layout | {"failed": "a process failed"}
