@@ -7,10 +7,13 @@ import os
 import time
 from pathlib import Path
 
+import jax
 from absl import logging
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+
+from mammodino_jax.flops import chip, step_flops
 
 CONSOLE_SECONDS = 5.0  # at most one console line in so many seconds
 
@@ -27,6 +30,9 @@ class MetricsWriter:
         self._wait = self._wait_since = 0.0
         self._steps_since = 0
         self._warned: set[str] = set()  # warnings of the last step
+        here = chip(jax.devices()[0].device_kind)
+        # seconds of a step at the full rate of all devices: MFU is their share (flops.py has the convention)
+        self._ideal = step_flops(recipe)["model"] / (here.flops * jax.device_count()) if here else math.nan
         if not active:
             return
         self._path = workdir / "metrics.jsonl"
@@ -64,9 +70,11 @@ class MetricsWriter:
             "step": step, **metrics,
             "time/images_per_s": self._steps_since * r.batch_size / span,
             "time/data_wait": self._wait_since / span,
+            "time/mfu": self._steps_since * self._ideal / span,
+            "time/peak_gib": self._peak_bytes() / 2**30,
         }  # fmt: skip
         self._since, self._wait_since, self._steps_since = now, 0.0, 0
-        # JSON has no NaN: not-applicable counters are left out
+        # JSON has no NaN: not-applicable counters are left out, as are MFU and memory on a CPU
         known = {k: v for k, v in row.items() if math.isfinite(v)}
         self._unwritten += json.dumps(known).encode() + b"\n"
         try:
@@ -86,11 +94,17 @@ class MetricsWriter:
                 for k in ("loss", "dino_global", "dino_local", "ibot", "koleo", "adjacent")
                 if k in row
             )
+            mfu = f"  MFU {row['time/mfu']:.0%}" if "time/mfu" in known else ""
             logging.info(
-                "step %d/%d  %s  entropy %.2f  %.1f images/s  data wait %.0f %%  ETA %s",
+                "step %d/%d  %s  entropy %.2f  %.1f images/s%s  data wait %.0f %%  ETA %s",
                 step, r.steps, terms, row["teacher_entropy"],
-                row["time/images_per_s"], 100 * row["time/data_wait"], _clock(eta),
+                row["time/images_per_s"], mfu, 100 * row["time/data_wait"], _clock(eta),
             )  # fmt: skip
+
+    @staticmethod
+    def _peak_bytes() -> float:
+        """The most memory of a device that was in use at once; NaN on a CPU."""
+        return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", math.nan)
 
     def flush(self, sync: bool = True) -> None:
         """Write the rows that wait, with `sync` down to the disk; on an OSError all of them wait on."""

@@ -15,6 +15,7 @@ from mammodino_jax import checkpoint, metrics
 from mammodino_jax.data.pipeline import make_batches
 from mammodino_jax.encoder import load_encoder
 from mammodino_jax.errors import UserError
+from mammodino_jax.flops import Chip, step_flops
 from mammodino_jax.recipe import from_config
 from mammodino_jax.train import init_state, train, train_step
 
@@ -51,6 +52,21 @@ def test_run_writes_metrics_pictures_and_a_loadable_encoder(dataset, tmp_path):
     ):
         np.testing.assert_array_equal(a, b)
     assert encoder(np.zeros((2, 42, 42), np.uint8))["cls"].shape == (2, 32)
+
+
+def test_mfu_is_logged_where_the_chip_is_known(dataset, tmp_path, monkeypatch):
+    recipe = from_config(tiny(dataset, run={"log_every": 1}))
+    plain = {"loss": 1.0, "teacher_entropy": 0.5, "bad": 0.0}
+    for name, known in (("unknown", None), ("known", Chip(flops=1e12, hbm=1, hbm_rate=1, link_rate=1))):
+        monkeypatch.setattr(metrics, "chip", lambda _, known=known: known)
+        (tmp_path / name).mkdir()
+        writer = metrics.MetricsWriter(tmp_path / name, 0, recipe)
+        writer.write(0, plain)
+        writer.close()
+    assert "time/mfu" not in metrics.read(tmp_path / "unknown/metrics.jsonl")[0]
+    (row,) = metrics.read(tmp_path / "known/metrics.jsonl")
+    expected = row["time/images_per_s"] * step_flops(recipe)["model_per_image"] / (1e12 * jax.device_count())
+    assert row["time/mfu"] == pytest.approx(expected)
 
 
 def batch_of(recipe, start_step=0):
