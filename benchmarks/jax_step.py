@@ -35,8 +35,9 @@ def recipe_of(case: dict, devices: int = 1):
     if found[2]:
         c.crops.update(global_size=int(found[2]), local_size=98 if int(found[2]) >= 224 else 42)
     c.batch_size = case["batch"] * devices
-    c.dbt_rows = max(case["batch"] // 4, 1) * devices
-    c.loss.drop_path_group = math.gcd(c.loss.drop_path_group, c.batch_size)
+    c.dbt_rows = c.batch_size // next(n for n in (4, 3, 2, 1) if case["batch"] % n == 0)  # a quarter, or near
+    every = c.batch_size // c.dbt_rows
+    c.loss.drop_path_group = every * math.gcd(c.loss.drop_path_group, c.batch_size // every)
     c.model.dtype = case["dtype"]
     for field in ("attention", "remat"):
         if case.get(field):

@@ -21,7 +21,7 @@ def get_config(arg=None):
     c.batch_size, c.dbt_rows, c.accumulate = BATCH, 64, BATCH // micro
     c.crops.update(global_size=224, local_size=98)
     c.head.prototypes = 8192
-    # a drop-path group must divide the slice pairs of a micro-batch, too
+    # of a micro-batch, and a multiple of the 4 images that a slice pair lies among
     c.loss.update(centering="centering", koleo_group=micro, drop_path_group=64 // c.accumulate)
     c.optim.update(base_lr=1e-3, clip=1.0, freeze_last_layer_steps=6250, final_weight_decay=0.2)
     return c

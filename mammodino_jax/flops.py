@@ -38,8 +38,8 @@ CHIPS = {
     "TPU v5": Chip(459e12, 95 * GIB, 2765e9, 600e9),
     "TPU v6 lite": Chip(918e12, 32 * GIB, 1640e9, 400e9),
     "NVIDIA H200": Chip(989e12, 141 * GIB, 4800e9, 450e9),
-    "NVIDIA H100": Chip(989e12, 80 * GIB, 3350e9, 450e9),
-    "NVIDIA A100": Chip(312e12, 80 * GIB, 2039e9, 300e9),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 80 * GIB, 3350e9, 450e9),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 80 * GIB, 2039e9, 300e9),
 }
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_BITS = {"pred": 8, "token": 0}  # others end in their width: bf16, f8e4m3fn, s32
+_BITS = {"pred": 8, "token": 0, "opaque": 0}  # others end in their width: bf16, f8e4m3fn, s32
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _NAME = re.compile(r"^  (ROOT )?%?([\w.\-]+) = ")
@@ -32,7 +32,7 @@ class Array:
 
     @functools.cached_property
     def bytes(self) -> int:
-        bits = _BITS.get(self.dtype) or int(re.search(r"\d+", self.dtype)[0])
+        bits = _BITS[self.dtype] if self.dtype in _BITS else int(re.search(r"\d+", self.dtype)[0])
         return math.prod(self.shape) * bits // 8
 
 
@@ -218,9 +218,22 @@ def _written(op: Op, body: dict[str, Op], fused: dict[str, Op]) -> int:
         arrays = arrays[:1]
     if not any(a.hbm for a in arrays):
         return 0
-    updates = [op] if op.code == "dynamic-update-slice" else []
-    updates += [inner for inner in fused.values() if inner.code == "dynamic-update-slice" and inner.root]
-    if updates:
-        inside = fused or body
-        return sum(a.bytes for a in inside[updates[0].operands[1]].arrays)
-    return sum(a.bytes for a in arrays if a.hbm)
+    if op.code == "dynamic-update-slice":
+        return sum(a.bytes for a in body[op.operands[1]].arrays)
+    root = next((inner for inner in fused.values() if inner.root), None)
+    if root is None:
+        return sum(a.bytes for a in arrays if a.hbm)
+    outputs = [fused[name] for name in root.operands] if root.code == "tuple" else [root]
+    return sum(_put(out, fused) for out in outputs)
+
+
+def _put(out: Op, fused: dict[str, Op]) -> int:
+    """Bytes that a fusion writes for one of its outputs: of an update in place, those of the update."""
+    while out.code in ("bitcast", "copy", "convert") and out.operands[0] in fused:
+        inner = fused[out.operands[0]]
+        if inner.code not in ("bitcast", "copy", "convert", "dynamic-update-slice"):
+            break
+        out = inner
+    if out.code == "dynamic-update-slice":
+        return sum(a.bytes for a in fused[out.operands[1]].arrays)
+    return sum(a.bytes for a in out.arrays)

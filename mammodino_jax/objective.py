@@ -65,7 +65,7 @@ def _gather(tokens_BVND, index_BM):
 
 
 def _whole(params: dict, mesh) -> dict:
-    """All parameters gathered but the blocks', which a scan gathers one by one."""
+    """All parameters gathered but the blocks': the backbone gathers these one by one."""
     backbone = {k: v if k == "blocks" else gathered(v, mesh) for k, v in params["backbone"].items()}
     return {**gathered({k: v for k, v in params.items() if k != "backbone"}, mesh), "backbone": backbone}
 
@@ -137,7 +137,7 @@ def loss_fn(
     mask = masked.reshape(B, 2, patches)
     if seen is not None:
         mask = _join(mask, jnp.zeros((*seen.shape[:2], patches), bool))
-    group = c.drop_path_group * joined.shape[0] * joined.shape[1] // B
+    group = c.drop_path_group * joined.shape[0] * joined.shape[1] // B  # views of drop_path_group images
     cls_GVD, patch_GVND = _encode(net, joined, mesh, mask.reshape(-1, patches), keys[0], group)
     cls_local, _ = _encode(
         net, views["local"], mesh, None, keys[1], c.drop_path_group * views["local"].shape[1]

@@ -138,14 +138,15 @@ def plan(recipe: Recipe, devices: list, quick: bool = False) -> dict:
         "quick": quick,
         "compile_seconds": round(time.monotonic() - start, 1),
         "flops": flops,
-        "hbm": known and known.hbm,
+        "hbm": memory_limit(devices[0]),
         "warnings": batch_warnings(recipe, chips),
     }
     if compiled is None:
         return report | {"memory": {"total": needed}, "fits": False}
     report["memory"] = memory = memory_of(compiled)
     # a TPU's compiler has placed every array; elsewhere the sum decides
-    report["fits"] = True if devices[0].platform == "tpu" else known and memory["total"] <= known.hbm
+    limit = report["hbm"]
+    report["fits"] = True if devices[0].platform == "tpu" else limit and memory["total"] <= limit
     program = hlo.parse(compiled.as_text())
     sent = hlo.collectives(program, chips)
     report["collectives"] = {
@@ -164,6 +165,15 @@ def plan(recipe: Recipe, devices: list, quick: bool = False) -> dict:
         report["images_per_second"] = [recipe.batch_size / seconds[k] for k in ("unhidden", "step")]
         report["days"] = [recipe.steps * seconds[k] / 86_400 for k in ("step", "unhidden")]
     return report
+
+
+def memory_limit(device) -> int | None:
+    """Bytes that a program may use of a device: what JAX has of one that is here, else the maker's figure."""
+    try:
+        return device.memory_stats()["bytes_limit"]
+    except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
+        known = chip(device.device_kind)  # described only, or a CPU
+        return known and known.hbm
 
 
 def memory_of(compiled) -> dict:
@@ -234,15 +244,16 @@ def batch_warnings(recipe: Recipe, chips: int) -> list[str]:
 def largest(config, devices: list, quick: bool, say=print) -> dict:
     """The plan of the largest batch per chip that fits: compiles at few sizes, chosen on a line between them.
 
-    Sizes are those that keep the share of dbt_rows and do not split a drop-path group between chips.
+    Sizes are those that keep the share of dbt_rows and split no group of drop-path or KoLeo between chips.
 
     Raises:
       UserError: the chip's memory is unknown, or not even the smallest size fits.
     """
-    known, chips, recipe = chip(devices[0].device_kind), len(devices), from_config(config)
-    if known is None:
+    limit, chips, recipe = memory_limit(devices[0]), len(devices), from_config(config)
+    if limit is None:
         raise UserError(f"--largest: the memory of {devices[0].device_kind} is unknown; give a --topology")
-    step = math.lcm(unit(config), recipe.loss.drop_path_group * recipe.accumulate or 1)
+    groups = (recipe.loss.drop_path_group, recipe.loss.koleo_group)
+    step = math.lcm(unit(config), *(group * recipe.accumulate or 1 for group in groups))
     plans = {}
 
     def fits(n: int) -> bool:
@@ -255,7 +266,7 @@ def largest(config, devices: list, quick: bool, say=print) -> dict:
     if not fits(1):
         need = plans[1]["memory"]["total"] / GIB
         raise UserError(
-            f"{step} images a chip need {need:.1f} GiB of {known.hbm / GIB:.0f}: shard parameters with "
+            f"{step} images a chip need {need:.1f} GiB of {limit / GIB:.0f}: shard parameters with "
             "--config.fsdp, lower config.loss.drop_path_group, or take a larger chip"
         )
     low, high = 1, None
@@ -265,7 +276,7 @@ def largest(config, devices: list, quick: bool, say=print) -> dict:
             a, b = sorted(plans)[-2:] if high is None else (low, high)
             need = {n: plans[n]["memory"]["total"] for n in (a, b)}
             slope = max((need[b] - need[a]) / (b - a), 1)
-            guess = int(a + (known.hbm - need[a]) / slope)
+            guess = int(a + (limit - need[a]) / slope)
         guess = max(low + 1, guess if high is None else min(guess, high - 1))
         low, high = (guess, high) if fits(guess) else (low, guess)
     return plans[low]

@@ -176,12 +176,14 @@ def _check(r: Recipe) -> None:
             "config.accumulate is above 1 with config.loss.centering sinkhorn, which needs all rows at once; "
             "use centering, or accumulate 1"
         )
+    if r.dbt_rows and r.batch_size % r.dbt_rows:
+        raise UserError(f"config.dbt_rows {r.dbt_rows} does not divide config.batch_size {r.batch_size}")
     rows, group = r.batch_size // r.accumulate, r.loss.drop_path_group  # rows of a micro-batch
     every = r.batch_size // r.dbt_rows if r.dbt_rows and r.pairs.mode == "dedicated" else 1
-    if group % every:
+    if r.model.drop_path and group % every:
         raise UserError(
             f"config.loss.drop_path_group {group} is not a multiple of batch_size / dbt_rows {every}: slice "
-            "pairs drop paths with the images that they lie among"
+            f"pairs drop paths with the images that they lie among; take a multiple of {every}, or 0"
         )
     for name in ("global_size", "local_size"):
         size = getattr(r.crops, name)

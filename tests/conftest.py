@@ -11,12 +11,16 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # fits of tests are small: t
 # the same small programs are compiled by many tests and subprocesses: compile each once a session
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jax-cache-"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-if "accept" not in sys.argv:  # acceptance runs long enough to be worth compiling well
-    # tests compile more than they compute: a third of the time at the lowest level
-    flags = ["--xla_backend_optimization_level=0"]
-    if importlib.metadata.version("jax").startswith("0.10."):  # unknown to later versions, which would abort
-        flags.append("--xla_cpu_use_fusion_emitters=false")
-    os.environ.setdefault("XLA_FLAGS", " ".join(flags))
+if "XLA_FLAGS" not in os.environ:
+    # XLA's CPU runtime may start independent collectives in another order on each device or process, which
+    # then wait for each other without end (seen with jax 0.10.2)
+    flags = ["--xla_cpu_enable_concurrency_optimized_scheduler=false"]
+    if "accept" not in sys.argv:  # acceptance runs long enough to be worth compiling well
+        # tests compile more than they compute: a third of the time at the lowest level
+        flags.append("--xla_backend_optimization_level=0")
+        if importlib.metadata.version("jax").startswith("0.10."):  # unknown to later ones, which would abort
+            flags.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join(flags)
 
 import pytest
 from absl import flags as absl_flags

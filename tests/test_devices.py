@@ -19,7 +19,7 @@ def test_steps_and_checkpoints_are_the_same_in_all_layouts(tmp_path):
     c.batch_size, c.dbt_rows = 32, 8
     c.crops.update(global_size=42, local_size=28, local_number=2)
     c.model.update(dim=32, depth=3, heads=2, drop_path=0.25)  # rows that skip every attention would be equal
-    c.loss.update(drop_path_group=4)
+    c.loss.update(drop_path_group=4, patch_chunk=3)  # 4 slots: two chunks that overlap
     c.head.update(prototypes=64, bottleneck=16, hidden=32)
     layouts = [Layout(1, 1), Layout(8, 4), Layout(4, 4, processes=2)]
     lines, loss, update = compare(c.to_dict(), tmp_path, layouts)

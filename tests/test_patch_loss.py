@@ -1,4 +1,7 @@
-"""iBOT-M in chunks equals its plain statement: value, gradients, what moves the center."""
+"""iBOT-M in chunks equals its plain statement: value, gradients, what moves the center.
+
+Over several devices: test_devices.py, whose recipe has several chunks.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +43,10 @@ def plain(params, tokens, tokens_t, weight, center):
     }  # fmt: skip
 
 
-def chunked(chunk, mesh=None):
+def chunked(chunk):
     def loss(params, tokens, tokens_t, weight, center):
         heads = nnx.merge(GRAPH, params), nnx.merge(GRAPH, PARAMS_T)
-        return patch_loss(*heads, tokens, tokens_t, weight, center, TEMP, chunk=chunk, mesh=mesh)
+        return patch_loss(*heads, tokens, tokens_t, weight, center, TEMP, chunk=chunk)
 
     return loss
 

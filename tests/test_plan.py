@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from tiny import shrink, tiny, tiny_dataset
 
-from configs import nano, vitb14_518, vitl14
+from configs import nano, small_batch, vitb14_518, vitl14
 from mammodino_jax import hlo, plan
 from mammodino_jax.data.pipeline import make_batches
 from mammodino_jax.errors import UserError
@@ -90,6 +90,32 @@ def test_memory_traffic_counts_loops_and_slices():
     assert once == pytest.approx(one.cost_analysis()["bytes accessed"], rel=0.35)
     loop = hlo.hbm_bytes(hlo.parse(many.as_text()))
     assert 0.8 * 10 * once < loop < 2 * 10 * once
+
+
+def test_updates_in_place_write_the_update_whatever_the_root():
+    text = """HloModule m
+
+%fused (a: f32[12,1000], b: f32[1,1000], i: s32[]) -> (f32[12,1000], f32[12,1000]) {
+  %a = f32[12,1000]{1,0} parameter(0)
+  %b = f32[1,1000]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %one = f32[12,1000]{1,0} dynamic-update-slice(%a, %b, %i, %i)
+  %two = f32[12,1000]{1,0} dynamic-update-slice(%a, %b, %i, %i)
+  ROOT %both = (f32[12,1000]{1,0}, f32[12,1000]{1,0}) tuple(%one, %two)
+}
+
+ENTRY %main (x: f32[12,1000], y: f32[1,1000], n: s32[]) -> (f32[12,1000], f32[12,1000]) {
+  %x = f32[12,1000]{1,0} parameter(0)
+  %y = f32[1,1000]{1,0} parameter(1)
+  %n = s32[] parameter(2)
+  ROOT %f = (f32[12,1000]{1,0}, f32[12,1000]{1,0}) fusion(%x, %y, %n), kind=kLoop, calls=%fused
+}
+"""
+    assert hlo.hbm_bytes(hlo.parse(text)) == 3 * 4000 + 4  # the update read and written twice, its place
+
+
+def test_arrays_without_a_width_are_nothing():
+    assert hlo.Array("token", (), True).bytes == 0 and hlo.Array("s4", (8,), True).bytes == 4
 
 
 @pytest.mark.parametrize(
@@ -169,6 +195,10 @@ def test_the_largest_batch_takes_few_compiles(monkeypatch):
     monkeypatch.setattr(plan, "plan", fake)
     best = plan.largest(vitb14_518.get_config(), [Device()] * 16, quick=False, say=lambda text: None)
     assert best["n"] == 664 and len(sizes) <= 5  # (16 - 2.01) / 0.021 = 666, in eights
+    assert (
+        plan.largest(small_batch.get_config("32"), [Device()], quick=False, say=lambda text: None)["n"] % 32
+        == 0
+    )
     with pytest.raises(UserError, match="the memory of cpu is unknown"):
         plan.largest(vitb14_518.get_config(), [Device("cpu")], quick=False)
     monkeypatch.setattr(

@@ -183,18 +183,22 @@ def test_main_names_a_mistyped_field(tmp_path):
         ({"crops": {"local_number": 0}}, "local_number is 0"),
         ({"run": {"log_every": 0}}, "log_every is 0"),
         ({"loss": {"drop_path_group": 6}}, "drop_path_group 6 does not divide"),
-        ({"loss": {"drop_path_group": 3}}, "drop_path_group 3 is not a multiple of batch_size / dbt_rows 2"),
+        (
+            {"loss": {"drop_path_group": 3}, "model": {"drop_path": 0.1}},
+            "drop_path_group 3 is not a multiple of batch_size / dbt_rows 2",
+        ),
         ({"crops": {"global_size": 50}}, "multiple of"),
         ({"model": {"remat": "blok"}}, "remat is 'blok'.* Did you mean \"block\""),
         ({"model": {"attention": "cudnn"}}, "cudnn needs dtype bfloat16"),
         ({"loss": {"patch_chunk": -1}}, "patch_chunk is -1"),
+        ({"dbt_rows": 3}, "dbt_rows 3 does not divide config.batch_size 8"),
         ({"model": {"heads": 3}}, "not a multiple of config.model.heads"),
     ],
 )
 def test_values_that_do_not_fit_together_are_named(dataset, changes, message):
     values = tiny(dataset).to_dict()  # plain: in a ConfigDict model.patch_size follows crops.patch
     for section, fields in changes.items():
-        values[section] |= fields
+        values[section] = values[section] | fields if isinstance(fields, dict) else fields
     with pytest.raises(UserError, match=message):
         from_config(values)
 

@@ -295,7 +295,9 @@ class ViT(nnx.Module):
                 block_key = None if key is None else jax.random.fold_in(key, i)
 
                 def run(x, block=block, block_key=block_key):
-                    return block(x, block_key, group, real_BT, mesh)
+                    graph, params = nnx.split(block)
+                    whole = nnx.merge(graph, gathered(params, mesh))
+                    return whole(over_rows(x, mesh), block_key, group, real_BT, mesh)
 
                 x_BTD = (jax.checkpoint(run, policy=policy) if remat else run)(x_BTD)
             return x_BTD

@@ -9,18 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from plain_attention import reference
 
 from mammodino_jax.model.vit import attend
 
 pytestmark = [pytest.mark.accept, pytest.mark.timeout(3600)]
 REPO = Path(__file__).resolve().parents[2]
-
-
-def reference(q, k, v):
-    """Attention written out in float32."""
-    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    scores = jnp.einsum("bthd,bshd->bhts", q, k, precision="highest") / np.sqrt(q.shape[-1])
-    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores, axis=-1), v, precision="highest")
 
 
 @pytest.mark.parametrize("side", [518, 224, 98])

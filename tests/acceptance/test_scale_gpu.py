@@ -2,7 +2,8 @@
 
     python -m pytest -s -m accept tests/acceptance/test_scale_gpu.py
 
-Four runs of up to ten minutes, and where the time goes. Skips where JAX finds no GPU. Scaled-down twins on the
+Four runs of up to 40 minutes, and where the time goes; on a machine lent for less, take single recipes with
+`python -m benchmarks.train_step`, which keeps what it has measured. Skips where JAX finds no GPU. Scaled-down twins on the
 CPU: tests/benchmarks/test_train_step.py, test_parts.py.
 """
 
@@ -45,10 +46,9 @@ def rows(tmp_path_factory):
         print(f"\n8. {name}\n")
         print(run(
             "-m", "benchmarks.train_step", "--recipes", recipes, "--batch", batch, "--remat", remat,
-            "--attention", "xla,cudnn", "--peer", "torch", "--seconds", "560", "--output", str(output),
+            "--attention", "xla,cudnn", "--peer", "torch", "--seconds", "2400", "--output", str(output),
         ))  # fmt: skip
         found[name] = json.loads(output.with_suffix(".json").read_text())
-    print(run("-m", "benchmarks.parts", "--recipe", "vitb14_518", "--batch", "16", "--dtype", "bfloat16"))
     return found
 
 
@@ -63,8 +63,11 @@ def test_line_8_mfu(rows):
 
 
 def test_line_8_ratio_to_pytorch(rows):
-    ours, torch = (max(r["images_per_s"] for r in measured(rows["vitb14_518"], s)) for s in ("ours", "torch"))
-    assert ours >= 1.2 * torch
+    best = {s: [r["images_per_s"] for r in measured(rows["vitb14_518"], s)] for s in ("ours", "torch")}
+    assert all(best.values()), (
+        "no time was left for one of the two: run benchmarks.train_step with fewer cases"
+    )
+    assert max(best["ours"]) >= 1.2 * max(best["torch"])
 
 
 def test_line_8_tables(rows):
@@ -72,4 +75,9 @@ def test_line_8_tables(rows):
     for name, (recipes, batch, remat) in RUNS.items():
         cells = len(recipes.split(",")) * len(batch.split(",")) * (2 * len(remat.split(",")) + 2)
         assert len(rows[name]) == cells
-        assert len(measured(rows[name], "ours")) >= 2
+        late = [row for row in rows[name] if "no time left" in row.get("failed", "")]
+        assert not late, f"{len(late)} of {cells} cases of {name} were not measured: give them more --seconds"
+
+
+def test_where_the_time_goes(rows):
+    print(run("-m", "benchmarks.parts", "--recipe", "vitb14_518", "--batch", "16", "--dtype", "bfloat16"))

@@ -25,6 +25,7 @@ def test_line_1_layouts(tmp_path):
     c = nano.get_config(str(write_dataset(tmp_path / "data", items)))
     c.model.drop_path = 0.2
     c.loss.drop_path_group = 4  # as many rows as a device holds
+    c.loss.patch_chunk = 10  # of 24 slots: three chunks
     layouts = [Layout(1, 1), Layout(8, 1), Layout(8, 4), Layout(8, 8), Layout(4, 4, processes=2)]
     began = time.time()
     lines, loss, update = compare(c.to_dict(), tmp_path, layouts)
