@@ -1,6 +1,6 @@
 # make demo: phantoms -> shards -> pretraining -> probe -> export -> demo/report.html
-# make test: lint and tests.  make accept-spine, accept-preprocessing, accept-learning, accept-evaluation:
-# the acceptance runs at full size.
+# make test: lint and tests.  make accept-spine, accept-preprocessing, accept-learning, accept-evaluation,
+# accept-scale: the acceptance runs at full size.
 # Each makes .venv and installs what it needs; a second run starts at once.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ DEMO ?= demo
 PATIENTS ?= 40
 TORCH := $(shell grep -s '^torch==' requirements-dev.txt)
 
-.PHONY: demo test test-fast accept-spine accept-preprocessing accept-learning accept-evaluation clean
+.PHONY: demo test test-fast accept-spine accept-preprocessing accept-learning accept-evaluation accept-scale clean
 
 $(VENV)/runtime.stamp: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +55,14 @@ accept-learning: $(VENV)/dev.stamp
 
 accept-evaluation: $(VENV)/dev.stamp
 	$(PY) -m pytest -s -m accept tests/acceptance/test_evaluation*.py
+
+# libtpu compiles for TPUs on any machine; it is under Google's terms, so no other target installs it
+$(VENV)/tpu.stamp: $(VENV)/dev.stamp
+	$(PY) -m pip install --quiet 'jax[tpu]'
+	touch $@
+
+accept-scale: $(VENV)/tpu.stamp
+	$(PY) -m pytest -s -m accept tests/acceptance/test_scale*.py
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -26,6 +26,7 @@ def get_config(arg=None):
     c.dbt_rows = 256  # a quarter of the rows come from tomosynthesis volumes; the paper's mix is unknown
     c.accumulate = 1  # micro-batches of a step; more need loss.centering="centering"
     c.fsdp = 1  # ViT-B fits a 16 GB chip without sharded parameters
+    c.profile_steps = ""  # "10:13": a trace of steps 10, 11 and 12 under WORKDIR/profile
 
     c.init = ConfigDict(dict(weights="", heads="", freeze_steps=0, unfreeze_steps=0))  # random weights
     c.crops = ConfigDict(

@@ -1,46 +1,191 @@
-"""Checkpoints by Orbax (v1 API): all of Orbax that the project uses is in this file."""
+"""Checkpoints by Orbax (v1 API): all of Orbax that the project uses is in this file.
+
+A checkpoint is a folder named by its step. What is called otherwise is none: STEP.orbax-checkpoint-tmp, a
+save that did not finish, and STEP.corrupt, a checkpoint that could not be read and was moved out of the way.
+"""
 
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from mammodino_jax.errors import UserError
 
 
 class Checkpoints:
-    """Saves and restores train states under `folder`/<step>; a save is atomic."""
+    """Saves train states under `folder`/<step> in the background and keeps the newest `keep`.
+
+    A save is atomic, and one that fails (a full disk) costs nothing but itself: a warning, what it wrote is
+    removed, older checkpoints stay. All processes call the same methods in the same order.
+    """
 
     def __init__(self, folder: Path, keep: int = 2):
-        policy = ocp.training.preservation_policies.LatestN(keep)
-        self._checkpointer = ocp.training.Checkpointer(folder, preservation_policy=policy)
+        self._folder, self._keep = Path(folder), keep
+        self._saving: tuple | None = None  # (step, Orbax's response)
+        self._failed = ""
+        self._remove(_unfinished(self._folder))  # of a run that was killed
 
-    def save(self, step: int, state: dict, provenance: dict) -> None:
-        """Save a train state with what it was trained on.
+    def save(self, step: int, state: dict, provenance: dict, first: Callable[[], None] = lambda: None):
+        """Begin to save a train state with what it was trained on, and return once the arrays are copied.
 
         Args:
           step: number of steps trained.
-          state: pytree of arrays.
+          state: pytree of arrays; may be donated afterwards.
           provenance: JSON, what was seen (provenance.collect).
+          first: called before anything is written; the checkpoint does not count without it (OSError).
         """
-        self._checkpointer.save_checkpointables(step, {"state": state, "provenance": provenance}, force=True)
+        self.wait()
+        try:
+            first()
+            reason = ""
+        except OSError as error:
+            reason = str(error)
+        if not _everywhere(not reason):  # asked first: the others would wait for this process while saving
+            self._fail(step, reason or "another process failed")
+            return
+        parts = {"state": state, "provenance": provenance}
+        context = ocp.Context()
+        # where a folder cannot be made, Orbax's threads would wait minutes for it
+        context.asynchronous.create_directories_asynchronously = False
+        try:
+            with context:
+                self._saving = step, ocp.save_checkpointables_async(self._folder / str(step), parts)
+        except Exception as error:  # Orbax's own, TensorStore's ValueError, OSError: told by `wait`
+            self._saving = step, error
 
-    @property
-    def latest(self) -> int | None:
-        newest = self._checkpointer.latest
-        return None if newest is None else newest.step
-
-    def restore(self, target: dict) -> dict:
-        """Restore the newest state into the shapes, dtypes and shardings of `target`."""
-        step = self.latest
-        logging.info("restoring step %d", step)
-        return self._checkpointer.load_checkpointables(step, {"state": target})["state"]
+    def wait(self) -> str:
+        """Wait for the save before; returns why the last one failed, "" where it did not."""
+        if self._saving is None:
+            return self._failed
+        step, reason = self._saving[0], self._result()
+        if _everywhere(not reason):
+            self._failed = ""
+            self._remove([self._folder / str(old) for old in steps(self._folder)[: -self._keep]])
+        else:
+            self._fail(step, reason or "another process failed")
+        return self._failed
 
     def close(self) -> None:
-        self._checkpointer.close()
+        """Wait for what this process still writes; the others may have failed or gone."""
+        if self._saving is not None and (reason := self._result()):
+            logging.warning("a checkpoint could not be saved: %s", reason)
+
+    def _result(self) -> str:
+        (_, response), self._saving = self._saving, None
+        try:
+            if isinstance(response, Exception):
+                raise response
+            response.result()
+            return ""
+        except Exception as error:
+            return _reason(error)
+
+    def _fail(self, step: int, reason: str) -> None:
+        self._failed = reason
+        self._remove(_unfinished(self._folder))
+        kept = steps(self._folder)
+        logging.warning(
+            "checkpoint %d could not be saved (%s); %s", step, reason,
+            f"the one of step {kept[-1]} is kept" if kept else "there is no older one",
+        )  # fmt: skip
+
+    def _remove(self, folders) -> None:
+        for folder in folders if jax.process_index() == 0 else ():
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                logging.warning("%s could not be removed: %s", folder, error)
+
+
+def restore(folder: Path, target: dict) -> tuple[int, dict | None, dict | None]:
+    """The newest checkpoint that every process can read.
+
+    Newer ones are moved aside to STEP.corrupt, each with a warning.
+
+    Args:
+      folder: where the checkpoints lie.
+      target: abstract train state; the arrays get its shapes, dtypes and shardings, whatever the number of
+        devices and processes they were saved from.
+
+    Returns:
+      (steps trained, train state, provenance); (0, None, None) where there is no checkpoint.
+
+    Raises:
+      UserError: there are checkpoints, but none can be read; nothing has been moved then.
+    """
+    folder, unread = Path(folder), {}
+    left = steps(folder)
+    while (step := _of_process_0(left.pop() if left else -1)) >= 0:
+        parts, reason = _read(folder / str(step), step, target)
+        if _everywhere(not reason):
+            break
+        unread[step] = reason or "another process cannot read it"
+    else:
+        if unread:
+            told = "; ".join(f"step {step}: {reason}" for step, reason in unread.items())
+            raise UserError(
+                f"no checkpoint under {folder} can be read ({told}); copy one back, or start anew with "
+                "another --workdir"
+            )
+        return 0, None, None
+    for broken, reason in unread.items() if jax.process_index() == 0 else ():
+        aside = folder / f"{broken}.corrupt"
+        while aside.exists():
+            aside = aside.with_name(aside.name + "+")
+        (folder / str(broken)).rename(aside)
+        logging.warning(
+            "checkpoint %d cannot be read (%s) and is moved to %s; going on from step %d",
+            broken, reason, aside, step,
+        )  # fmt: skip
+    logging.info("restored step %d", step)
+    return step, parts["state"], parts["provenance"]
+
+
+def _read(file: Path, step: int, target: dict) -> tuple[dict, str]:
+    """(what a checkpoint holds, why it cannot be read or ""), of this process alone: no process waits."""
+    context, me = ocp.Context(), jax.process_index()
+    context.multiprocessing.primary_host, context.multiprocessing.active_processes = me, {me}
+    context.multiprocessing.barrier_sync_key_prefix = f"process {me}"
+    try:
+        with context:
+            parts = ocp.load_checkpointables(file, {"state": target, "provenance": None})
+        if int(parts["state"]["step"]) != step:
+            raise ValueError(f"it holds step {int(parts['state']['step'])}")
+        return parts, ""
+    except Exception as error:  # whatever damage makes Orbax, TensorStore or a decoder raise
+        return {}, _reason(error)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what an error goes back to."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def _everywhere(good: bool) -> bool:
+    """Whether all processes are well; where one is not, the next call of Orbax finds them in step again."""
+    if np.all(multihost_utils.process_allgather(np.array(good))):
+        return True
+    if jax.process_count() > 1:
+        # Orbax counts its operations and meets the other processes under that number. One that fails early is
+        # not counted: without this the others would wait for it. There is no public way to say so.
+        from orbax.checkpoint._src.futures.synchronization import OperationIdGenerator as Count
+
+        most = multihost_utils.process_allgather(np.int32(Count.get_current_operation_id())).max()
+        while int(Count.get_current_operation_id()) < most:
+            Count.next_operation_id()
+    return False
+
+
+def _of_process_0(number: int) -> int:
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def dump(folder: Path, state: dict, batch: dict) -> Path:
@@ -81,6 +226,11 @@ def steps(folder: Path) -> list[int]:
     if not Path(folder).is_dir():
         return []
     return sorted(int(p.name) for p in Path(folder).iterdir() if re.fullmatch(r"\d+", p.name))
+
+
+def _unfinished(folder: Path) -> list[Path]:
+    """What saves that did not finish have left."""
+    return list(Path(folder).glob("*.orbax-checkpoint-tmp*"))
 
 
 def workdir_of(path: Path) -> Path | None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from mammodino_jax import checkpoint
 from mammodino_jax.augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, normalise
-from mammodino_jax.errors import UserError, suggest
+from mammodino_jax.errors import UserError, refuse_bucket, suggest
 from mammodino_jax.model.head import bind, init_params
 from mammodino_jax.model.vit import ViTConfig, own_grids
 
@@ -133,6 +133,7 @@ def load_encoder(spec: str) -> Encoder:
         from mammodino_jax.convert import foreign
 
         return foreign.read(spec)
+    refuse_bucket(spec, "encoder")
     folder = Path(spec)
     if not folder.is_dir():
         kinds = ", ".join(f"{kind}:FILE" for kind in FOREIGN)
@@ -172,7 +173,9 @@ def _from_workdir(folder: Path) -> Encoder:
     """Of a workdir, or of one of its checkpoints."""
     workdir = checkpoint.workdir_of(folder)
     recipe = read_recipe(workdir)
-    vit = dataclasses.replace(recipe.model, drop_path=0.0, remat="none", scan=False, dtype="float32")
+    vit = dataclasses.replace(
+        recipe.model, drop_path=0.0, remat="none", scan=False, attention="auto", dtype="float32"
+    )
     backbone = jax.eval_shape(functools.partial(init_params, vit, None, 0))
     state = checkpoint.load(folder, "state", {"teacher": {"backbone": backbone}})
     mean, std = (s[: vit.channels] for s in (recipe.augment.mean, recipe.augment.std))

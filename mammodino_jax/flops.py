@@ -24,21 +24,22 @@ class Chip:
     """Figures of a chip, as its maker states them."""
 
     flops: float  # dense bf16 FLOP/s
-    hbm: float  # bytes
+    hbm: float  # bytes: makers' GB of memory are 2^30
     hbm_rate: float  # bytes/s
     link_rate: float  # bytes/s that a chip sends over all its links to other chips; as much comes in
 
 
+GIB = 2**30
 # By the start of jax.Device.device_kind, longer names first. TPUs: docs.cloud.google.com/tpu/docs/v5e (v5p,
 # v6e), whose link rates (400, 1200 and 800 GB/s) are of both directions. GPUs: NVIDIA's data sheets of the
 # SXM cards, without sparsity, NVLink in one direction.
 CHIPS = {
-    "TPU v5 lite": Chip(197e12, 16e9, 819e9, 200e9),
-    "TPU v5": Chip(459e12, 95e9, 2765e9, 600e9),
-    "TPU v6 lite": Chip(918e12, 32e9, 1640e9, 400e9),
-    "NVIDIA H200": Chip(989e12, 141e9, 4800e9, 450e9),
-    "NVIDIA H100": Chip(989e12, 80e9, 3350e9, 450e9),
-    "NVIDIA A100": Chip(312e12, 80e9, 2039e9, 300e9),
+    "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9, 200e9),
+    "TPU v5": Chip(459e12, 95 * GIB, 2765e9, 600e9),
+    "TPU v6 lite": Chip(918e12, 32 * GIB, 1640e9, 400e9),
+    "NVIDIA H200": Chip(989e12, 141 * GIB, 4800e9, 450e9),
+    "NVIDIA H100": Chip(989e12, 80 * GIB, 3350e9, 450e9),
+    "NVIDIA A100": Chip(312e12, 80 * GIB, 2039e9, 300e9),
 }
 
 
@@ -100,7 +101,7 @@ def step_flops(recipe: Recipe) -> dict:
 
     patches = (crops.global_size // m.patch_size) ** 2
     M = slots(recipe.mask, patches)
-    chunks = -(-M // loss.patch_chunk) if loss.patch_chunk else 1
+    chunk = min(loss.patch_chunk or M, M)
     mlp, prototypes = head_flops(m.dim, recipe.head)
     cls = (2 + share * sides + 3 * (2 + crops.local_number + share * taught)) * (mlp + prototypes)
     # Sinkhorn-Knopp computes the teacher's logits anew in each iteration (patch_loss.py)
@@ -113,7 +114,7 @@ def step_flops(recipe: Recipe) -> dict:
         "slice pairs": tuple(share * (sides * view + n) for n in student(taught, crops.global_size, joined)),
         "heads": (
             cls + sum(recipe.mask.ratio) / 2 * patches * 4 * (mlp + prototypes),
-            cls + chunks * -(-M // chunks) * (4 * (mlp + prototypes) + anew),
+            cls + -(-M // chunk) * chunk * (4 * (mlp + prototypes) + anew),
         ),
     }
     model, executed = map(sum, zip(*parts.values(), strict=True))

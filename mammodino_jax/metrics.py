@@ -7,8 +7,13 @@ import os
 import time
 from pathlib import Path
 
+import jax
 from absl import logging
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from mammodino_jax.flops import chip, step_flops
 
 CONSOLE_SECONDS = 5.0  # at most one console line in so many seconds
 
@@ -16,7 +21,7 @@ CONSOLE_SECONDS = 5.0  # at most one console line in so many seconds
 class MetricsWriter:
     """Writes the metrics of every `log_every`-th step, bad ones, held-out looks and new warnings.
 
-    Only `time/...` entries vary by run.
+    Only `time/...` entries vary by run. A full disk does not stop it: rows wait until they can be written.
     """
 
     def __init__(self, workdir: Path, start: int, recipe, active: bool = True):
@@ -25,12 +30,16 @@ class MetricsWriter:
         self._wait = self._wait_since = 0.0
         self._steps_since = 0
         self._warned: set[str] = set()  # warnings of the last step
+        here = chip(jax.devices()[0].device_kind)
+        # seconds of a step at the full rate of all devices: MFU is their share (flops.py has the convention)
+        self._ideal = step_flops(recipe)["model"] / (here.flops * jax.device_count()) if here else math.nan
         if not active:
             return
-        path = workdir / "metrics.jsonl"
-        _truncate(path, start)
-        self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(workdir), purge_step=start or None)
+        self._path = workdir / "metrics.jsonl"
+        self._unwritten = b""
+        self._full = False
+        _truncate(self._path, start)
+        self._board = None
 
     @contextlib.contextmanager
     def waiting(self):
@@ -46,7 +55,10 @@ class MetricsWriter:
         r = self._recipe
         warned = {name for name in metrics if name.startswith("warning/")}
         told = (
-            metrics["bad"] or warned - self._warned or any(name.startswith("held_out/") for name in metrics)
+            metrics["bad"]
+            or "checkpoint_failed" in metrics
+            or warned - self._warned
+            or any(name.startswith("held_out/") for name in metrics)
         )
         self._warned = warned
         logged = step % r.run.log_every == 0 or step + 1 == r.steps or told
@@ -58,13 +70,21 @@ class MetricsWriter:
             "step": step, **metrics,
             "time/images_per_s": self._steps_since * r.batch_size / span,
             "time/data_wait": self._wait_since / span,
+            "time/mfu": self._steps_since * self._ideal / span,
+            "time/peak_gib": self._peak_bytes() / 2**30,
         }  # fmt: skip
         self._since, self._wait_since, self._steps_since = now, 0.0, 0
-        # JSON has no NaN: not-applicable counters are left out
-        self._file.write(json.dumps({k: v for k, v in row.items() if math.isfinite(v)}) + "\n")
-        for name, value in row.items():
-            if name != "step" and math.isfinite(value):
-                self._board.add_scalar(name, value, step)
+        # JSON has no NaN: not-applicable counters are left out, as are MFU and memory on a CPU
+        known = {k: v for k, v in row.items() if math.isfinite(v)}
+        self._unwritten += json.dumps(known).encode() + b"\n"
+        try:
+            self.flush(sync=False)
+            self._show(step, known)
+            self._full = False
+        except OSError as error:
+            if not self._full:
+                logging.warning("the metrics of step %d wait in memory: %s", step, error)
+            self._full, self._board = True, None
         if now - self._last_console >= CONSOLE_SECONDS or step in (self._start, r.steps - 1):
             self._last_console = now
             done = (step + 1 - self._start) / max(r.steps - self._start, 1)
@@ -74,16 +94,56 @@ class MetricsWriter:
                 for k in ("loss", "dino_global", "dino_local", "ibot", "koleo", "adjacent")
                 if k in row
             )
+            mfu = f"  MFU {row['time/mfu']:.0%}" if "time/mfu" in known else ""
             logging.info(
-                "step %d/%d  %s  entropy %.2f  %.1f images/s  data wait %.0f %%  ETA %s",
+                "step %d/%d  %s  entropy %.2f  %.1f images/s%s  data wait %.0f %%  ETA %s",
                 step, r.steps, terms, row["teacher_entropy"],
-                row["time/images_per_s"], 100 * row["time/data_wait"], _clock(eta),
+                row["time/images_per_s"], mfu, 100 * row["time/data_wait"], _clock(eta),
             )  # fmt: skip
+
+    @staticmethod
+    def _peak_bytes() -> float:
+        """The most memory of a device that was in use at once; NaN on a CPU."""
+        return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", math.nan)
+
+    def flush(self, sync: bool = True) -> None:
+        """Write the rows that wait, with `sync` down to the disk; on an OSError all of them wait on."""
+        if not self._active:
+            return
+        with self._path.open("ab", buffering=0) as file:
+            end, rest = file.tell(), self._unwritten
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+                if sync:
+                    os.fsync(file)
+            except OSError:
+                file.truncate(end)
+                raise
+        self._unwritten = b""
+
+    def _show(self, step: int, row: dict[str, float]) -> None:
+        """Add a row to the TensorBoard events.
+
+        Not by the library's SummaryWriter: a full disk ends its thread, and then its queue blocks the run.
+        """
+        if self._board is None:  # after a failure a new file: the end of the old one may be broken
+            self._board = EventsWriter(str(self._path.with_name("events")), f".{step}")
+            if self._start:  # hides what was logged of steps that are trained again
+                log = SessionLog(status=SessionLog.START)
+                self._board.write_event(Event(step=self._start, wall_time=time.time(), session_log=log))
+        values = [Summary.Value(tag=name, simple_value=v) for name, v in row.items() if name != "step"]
+        self._board.write_event(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
+        self._board.flush()
 
     def close(self) -> None:
         if self._active:
-            self._file.close()
-            self._board.close()
+            try:
+                self.flush()
+                if self._board:
+                    self._board.close()
+            except OSError as error:
+                logging.warning("the last metrics are lost: %s", error)
             total = max(time.perf_counter() - self._began, 1e-9)
             logging.info("waited for data %.1f %% of the time", 100 * self._wait / total)
 
@@ -96,11 +156,16 @@ def _clock(seconds: float) -> str:
 
 def _truncate(path: Path, start: int) -> None:
     """Drop lines at or after step `start`, which will be trained again, and a half-written last line."""
-    rows = [row for row in read(path) if row["step"] < start]
     if path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(temporary, path)
+        rows = [row for row in read(path) if row["step"] < start]
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file; who is killed meanwhile leaves the old one, not half of the new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def read(path: Path) -> list[dict]:

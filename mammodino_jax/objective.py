@@ -12,7 +12,7 @@ from mammodino_jax.augment import photometric, photometric_pairs
 from mammodino_jax.model.head import bind
 from mammodino_jax.patch_loss import patch_loss
 from mammodino_jax.recipe import Recipe
-from mammodino_jax.sharding import spread_rows
+from mammodino_jax.sharding import gathered, spread_rows
 
 
 def make_views(batch: dict, recipe: Recipe) -> dict:
@@ -52,16 +52,22 @@ def _part(x_GVX, B: int):
     return x_GVX[:, :views].reshape(B, 2, *x_GVX.shape[2:]), x_GVX[:, views:]
 
 
-def _encode(net, views_GVSSC, mask=None, key=None, group: int = 0):
+def _encode(net, views_GVSSC, mesh, mask=None, key=None, group: int = 0):
     """Backbone on [G, V, S, S, C]: CLS [G, V, D], patches [G, V, N, D]; `group` views drop paths together."""
     G, V = views_GVSSC.shape[:2]
-    out = net.backbone(views_GVSSC.reshape(G * V, *views_GVSSC.shape[2:]), mask, key, group)
+    out = net.backbone(views_GVSSC.reshape(G * V, *views_GVSSC.shape[2:]), mask, key, group, mesh=mesh)
     return tuple(out[name].reshape(G, V, *out[name].shape[1:]) for name in ("cls", "patches"))
 
 
 def _gather(tokens_BVND, index_BM):
     tokens_BND = tokens_BVND.reshape(tokens_BVND.shape[0], -1, tokens_BVND.shape[-1])
     return jnp.take_along_axis(tokens_BND, index_BM[..., None], axis=1)
+
+
+def _whole(params: dict, mesh) -> dict:
+    """All parameters gathered but the blocks', which a scan gathers one by one."""
+    backbone = {k: v if k == "blocks" else gathered(v, mesh) for k, v in params["backbone"].items()}
+    return {**gathered({k: v for k, v in params.items() if k != "backbone"}, mesh), "backbone": backbone}
 
 
 def _targets(logits_B2K, logits_ASK, center, temp, c):
@@ -103,8 +109,7 @@ def loss_fn(
       (loss, ({center: (sum [K], rows)}, metrics)).
     """
     c = recipe.loss
-    net = bind(student, recipe.model, recipe.head)
-    net_t = bind(teacher, recipe.model, recipe.head)
+    net, net_t = (bind(_whole(p, mesh), recipe.model, recipe.head) for p in (student, teacher))
     ibot_head, ibot_head_t = (getattr(n, "ibot_head", n.dino_head) for n in (net, net_t))
     index, weight = views["mask_index"], views["mask_weight"]
     B, _, S = views["global"].shape[:3]
@@ -120,7 +125,7 @@ def loss_fn(
 
     # 1. The teacher sees the unmasked global views, and slice k +- d; its targets.
     joined_t = _join(views["global"], seen_t)
-    cls_GVD, patch_GVND = _encode(net_t, joined_t)
+    cls_GVD, patch_GVND = _encode(net_t, joined_t, mesh)
     cls_t, adjacent_cls_t = _part(cls_GVD, B)
     logits_t, adjacent_logits_t = _part(net_t.dino_head(cls_GVD), B)
     adjacent_logits_t = None if seen_t is None else adjacent_logits_t
@@ -133,8 +138,10 @@ def loss_fn(
     if seen is not None:
         mask = _join(mask, jnp.zeros((*seen.shape[:2], patches), bool))
     group = c.drop_path_group * joined.shape[0] * joined.shape[1] // B
-    cls_GVD, patch_GVND = _encode(net, joined, mask.reshape(-1, patches), keys[0], group)
-    cls_local, _ = _encode(net, views["local"], None, keys[1], c.drop_path_group * views["local"].shape[1])
+    cls_GVD, patch_GVND = _encode(net, joined, mesh, mask.reshape(-1, patches), keys[0], group)
+    cls_local, _ = _encode(
+        net, views["local"], mesh, None, keys[1], c.drop_path_group * views["local"].shape[1]
+    )
     cls, adjacent_cls = _part(cls_GVD, B)
     logits, adjacent_logits = _part(net.dino_head(cls_GVD), B)
     logits_local = net.dino_head(cls_local)

@@ -6,7 +6,7 @@ a scalar, so the gradient of a chunk is taken while its logits are there (custom
 again in the backward pass. Every device runs over its own rows (shard_map); sums over prototypes, and
 gradients, are added up once, at the end.
 
-B images, M slots, b rows of one device, n chunks of R rows, D width, Z bottleneck, K prototypes.
+B images, M slots, b images of one device, n chunks of R rows, D width, Z bottleneck, K prototypes.
 """
 
 import functools
@@ -83,34 +83,42 @@ def _on_device(
     graphs, dtype, chunk, axes, student, tokens_bMD, teacher, tokens_t_bMD, weight_bM, center_K, temp
 ):
     """((sum of the loss, figures), gradients of the student's head, gradients of its tokens [b, M, D])."""
-    b, M = weight_bM.shape
-    n = -(-M // chunk) if chunk else 1
-    R = -(-M // n) * b
-    x_nRD, x_t_nRD, weight_nR = (_cut(a, n) for a in (tokens_bMD, tokens_t_bMD, weight_bM))
+    M, D = tokens_bMD.shape[1:]
+    size = min(chunk, M) if chunk else M
+    n = -(-M // size)  # the last chunk overlaps the one before where M is not a multiple of its size
+    starts_n = jnp.minimum(jnp.arange(n) * size, M - size)
+
+    def cut(a_bM, start):
+        """A chunk's slots as rows."""
+        part = jax.lax.dynamic_slice_in_dim(a_bM, start, size, axis=1)
+        return part.reshape(-1, *part.shape[2:])
+
+    def weights(i):
+        return cut(jnp.where(jnp.arange(M) >= i * size, weight_bM, 0.0), starts_n[i])
+
     (params, prototypes_KZ), (params_t, prototypes_t_KZ) = student, teacher
     prototypes_KZ, prototypes_t_KZ = prototypes_KZ.astype(dtype), prototypes_t_KZ.astype(dtype)
-    z_t_nRZ = jax.lax.map(lambda x: project(nnx.merge(graphs[1], params_t), x).astype(dtype), x_t_nRD)
-
-    def teacher_logits(z_RZ):
-        return _logits(z_RZ, prototypes_t_KZ)
-
-    shift_K = (
-        center_K / temp
-        if center_K is not None
-        else _sinkhorn_shift(z_t_nRZ, weight_nR, teacher_logits, temp, axes)
+    z_t_nRZ = jax.lax.map(
+        lambda start: project(nnx.merge(graphs[1], params_t), cut(tokens_t_bMD, start)).astype(dtype),
+        starts_n,
     )
+
+    def teacher_logits(i):
+        return _logits(z_t_nRZ[i], prototypes_t_KZ)
+
+    shift_K = _sinkhorn_shift(n, teacher_logits, weights, temp, axes) if center_K is None else center_K / temp
 
     def cross_entropy(params, prototypes_KZ, x_RD, target_RK, weight_R):
         z_RZ = project(nnx.merge(graphs[0], params), x_RD).astype(dtype)
         return jnp.sum(losses.cross_entropy(target_RK, _logits(z_RZ, prototypes_KZ)) * weight_R)
 
-    def one(carry, xs):
-        x_RD, z_t_RZ, weight_R = xs
-        raw_RK = teacher_logits(z_t_RZ)
+    def one(carry, i):
+        total, d_tokens_bMD = carry
+        raw_RK, weight_R = teacher_logits(i), weights(i)
         target_RK = jax.nn.softmax(raw_RK / temp - shift_K, axis=-1)
         valid_R = (weight_R > 0).astype(jnp.float32)
-        value, (d_params, d_prototypes, d_x) = jax.value_and_grad(cross_entropy, (0, 1, 2))(
-            params, prototypes_KZ, x_RD, target_RK, weight_R
+        value, (d_params, d_prototypes, d_x_RD) = jax.value_and_grad(cross_entropy, (0, 1, 2))(
+            params, prototypes_KZ, cut(tokens_bMD, starts_n[i]), target_RK, weight_R
         )
         figures = {
             "entropy": jnp.sum(losses.entropies(target_RK) * valid_R),
@@ -118,56 +126,51 @@ def _on_device(
             "rows": valid_R.sum(),
         }
         new = (value, figures, (d_params, d_prototypes))
-        return jax.tree.map(lambda total, a: total + a.astype(total.dtype), carry, new), d_x
+        total = jax.tree.map(lambda total, a: total + a.astype(total.dtype), total, new)
+        there = jax.lax.dynamic_slice_in_dim(d_tokens_bMD, starts_n[i], size, axis=1)
+        d_tokens_bMD = jax.lax.dynamic_update_slice_in_dim(
+            d_tokens_bMD, there + d_x_RD.reshape(-1, size, D), starts_n[i], axis=1
+        )
+        return (total, d_tokens_bMD), None
 
-    K = prototypes_KZ.shape[0]
     zero = (
         jnp.float32(0),
-        {"entropy": jnp.float32(0), "sum": jnp.zeros(K), "rows": jnp.float32(0)},
+        {"entropy": jnp.float32(0), "sum": jnp.zeros(len(prototypes_KZ)), "rows": jnp.float32(0)},
         jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), student),
     )
-    total, d_x_nRD = jax.lax.scan(one, zero, (x_nRD, z_t_nRZ, weight_nR))
+    (total, d_tokens_bMD), _ = jax.lax.scan(one, (zero, jnp.zeros_like(tokens_bMD)), jnp.arange(n))
     value, figures, d_student = jax.lax.psum(total, axes) if axes else total
     figures["entropy"] /= jnp.maximum(figures["rows"], 1.0)
-    d_x_bMD = d_x_nRD.reshape(n, b, R // b, -1).swapaxes(0, 1).reshape(b, n * R // b, -1)[:, :M]
-    return (value, figures), d_student, d_x_bMD
-
-
-def _cut(a_bM, n: int):
-    """[b, M, ...] in n chunks of slots: [n, R, ...]; slots that are added to fill the last are 0."""
-    b, M = a_bM.shape[:2]
-    size = -(-M // n)
-    padded = jnp.pad(a_bM, ((0, 0), (0, n * size - M), *((0, 0),) * (a_bM.ndim - 2)))
-    return padded.reshape(b, n, size, *a_bM.shape[2:]).swapaxes(0, 1).reshape(n, b * size, *a_bM.shape[2:])
+    return (value, figures), d_student, d_tokens_bMD
 
 
 def _logits(z_RZ, prototypes_KZ):
     return jnp.einsum("rz,kz->rk", z_RZ, prototypes_KZ, preferred_element_type=jnp.float32)
 
 
-def _sinkhorn_shift(z_nRZ, weight_nR, logits, temp, axes):
+def _sinkhorn_shift(n: int, logits, weights, temp, axes):
     """What Sinkhorn-Knopp takes from the columns of logits / temp; its targets are the softmax of the rest.
 
-    losses.sinkhorn with the rows' part left to that softmax. Rows of weight 0 are left out of the columns.
+    losses.sinkhorn with the rows' part left to that softmax; `logits(i)`, `weights(i)` are those of chunk i.
+    Rows of weight 0 are left out of the columns.
     """
-    K = jax.eval_shape(logits, z_nRZ[0]).shape[1]
+    K = jax.eval_shape(logits, 0).shape[1]
     shift_K = None
     for _ in range(SINKHORN_ITERATIONS):
 
-        def add(carry, xs, shift_K=shift_K):
+        def add(carry, i, shift_K=shift_K):
             """Streaming logsumexp of the columns."""
             high_K, total_K = carry
-            z_RZ, weight_R = xs
-            l_RK = logits(z_RZ) / temp
+            l_RK = logits(i) / temp
             if shift_K is not None:
                 l_RK -= jax.nn.logsumexp(l_RK - shift_K, axis=1, keepdims=True)
-            l_RK = jnp.where((weight_R > 0)[:, None], l_RK, -jnp.inf)
+            l_RK = jnp.where((weights(i) > 0)[:, None], l_RK, -jnp.inf)
             new_K = jnp.maximum(high_K, l_RK.max(axis=0))
             total_K = total_K * jnp.exp(high_K - new_K) + jnp.exp(l_RK - new_K).sum(axis=0)
             return (new_K, total_K), None
 
         low = jnp.finfo(jnp.float32).min  # finite: -inf - -inf is not a number
-        (high_K, total_K), _ = jax.lax.scan(add, (jnp.full(K, low), jnp.zeros(K)), (z_nRZ, weight_nR))
+        (high_K, total_K), _ = jax.lax.scan(add, (jnp.full(K, low), jnp.zeros(K)), jnp.arange(n))
         if axes:
             top_K = jax.lax.pmax(high_K, axes)
             high_K, total_K = top_K, jax.lax.psum(total_K * jnp.exp(high_K - top_K), axes)

@@ -1,6 +1,7 @@
 """From a ConfigDict to frozen dataclasses, checked once at the boundary."""
 
 import dataclasses
+from dataclasses import MISSING
 
 import jax
 
@@ -13,6 +14,7 @@ from mammodino_jax.errors import UserError, suggest
 from mammodino_jax.model.head import HeadConfig
 from mammodino_jax.model.vit import REMAT, ViTConfig
 from mammodino_jax.optimizer import OptimConfig
+from mammodino_jax.profiling import steps_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,9 @@ class Recipe:
     mask: MaskConfig
     pairs: PairConfig
     run: RunConfig
+    profile_steps: str = (
+        ""  # "10:13": a trace of steps 10, 11 and 12; may differ between a run and its continuation
+    )
 
 
 def _plain(value):
@@ -101,7 +106,7 @@ def from_config(config) -> Recipe:
     for key in values:
         if key not in fields:
             raise UserError(f"config has no field {key!r}.{suggest(key, fields)}")
-    missing = [name for name in fields if name not in values]
+    missing = [f.name for f in dataclasses.fields(Recipe) if f.name not in values and f.default is MISSING]
     if missing:
         raise UserError(f"config lacks {', '.join(missing)}")
     built = {
@@ -159,7 +164,8 @@ def _check(r: Recipe) -> None:
             raise UserError(f"config.{name} is {value}, expected 1 or more")
     if r.loss.patch_chunk < 0:
         raise UserError(f"config.loss.patch_chunk is {r.loss.patch_chunk}, expected 0 (all) or more")
-    for name in ("log_every", "checkpoint_every"):
+    steps_of(r.profile_steps)
+    for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
         if getattr(r.run, name) < 1:
             raise UserError(f"config.run.{name} is {getattr(r.run, name)}, expected 1 or more")
     for name, rows in (("batch_size", r.batch_size), ("dbt_rows", r.dbt_rows)):
@@ -191,9 +197,9 @@ def _check(r: Recipe) -> None:
             )
 
 
-def check_devices(r: Recipe) -> None:
-    """Raise a UserError where the batch cannot be laid over the devices."""
-    devices = jax.device_count()
+def check_devices(r: Recipe, devices: int | None = None) -> None:
+    """Raise a UserError where the batch cannot be laid over the devices (None: those that are here)."""
+    devices = jax.device_count() if devices is None else devices
     for name in ("batch_size", "dbt_rows"):
         rows = getattr(r, name) // r.accumulate
         if rows % devices:

@@ -13,14 +13,19 @@ ROWS = P(("data", "fsdp"))  # a batch's first axis lies over all devices
 MIN_BYTES = 4 * 2**20  # smaller arrays are replicated: gathering them costs more than it saves
 
 
-def make_mesh(fsdp: int = 1) -> jax.sharding.Mesh:
-    """All devices as [devices / fsdp, fsdp]; fsdp > 1 shards large parameters that many ways."""
-    devices = jax.device_count()
-    if fsdp < 1 or devices % fsdp:
-        raise UserError(f"config.fsdp = {fsdp} does not divide the {devices} devices")
+def make_mesh(fsdp: int = 1, devices=None) -> jax.sharding.Mesh:
+    """All devices, or those given, as [devices / fsdp, fsdp]; fsdp > 1 shards large parameters so many ways.
+
+    Devices lie in process order, and a host's (of several slices, a slice's) are consecutive: parameters are
+    gathered within a host where fsdp divides the devices of one, and within a slice where it divides those of
+    a slice. The gradients of "data" cross hosts once a step.
+    """
+    devices = jax.devices() if devices is None else devices
+    if fsdp < 1 or len(devices) % fsdp:
+        raise UserError(f"config.fsdp = {fsdp} does not divide the {len(devices)} devices; 1 shards nothing")
     # in process order, which jax.make_mesh need not keep: process p feeds rows p*b..(p+1)*b-1 of a batch
-    order = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
-    grid = np.array(order).reshape(devices // fsdp, fsdp)
+    order = sorted(devices, key=lambda d: (d.process_index, d.id))
+    grid = np.array(order).reshape(-1, fsdp)
     return jax.sharding.Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
@@ -51,3 +56,21 @@ def spread_rows(tree, mesh):
         return tree
     rows = NamedSharding(mesh, P(None, *ROWS))
     return jax.lax.with_sharding_constraint(tree, jax.tree.map(lambda _: rows, tree))
+
+
+def over_rows(x, mesh):
+    """Keep axis 0 of activations over all devices, whatever the parameters' sharding suggests to XLA.
+
+    As it is without a mesh, or where the devices do not divide the axis.
+    """
+    if mesh is None or x.shape[0] % mesh.size:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, ROWS))
+
+
+def gathered(params, mesh):
+    """Parameters whole on every device: FSDP gathers them where they are used, and never the activations."""
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return params
+    whole = NamedSharding(mesh, P())
+    return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, whole), params)

@@ -3,33 +3,46 @@
 import contextlib
 import functools
 import json
+import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
 from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from mammodino_jax import checkpoint, provenance
 from mammodino_jax.checkpoint import Checkpoints
+from mammodino_jax.compile_cache import compile_cache
 from mammodino_jax.convert.pretrained import load_pretrained, merge
 from mammodino_jax.data.index import full_frames
 from mammodino_jax.data.pipeline import empty_batch, make_batches
 from mammodino_jax.data.statistics import tissue_statistics
 from mammodino_jax.diagnostics import Watch
-from mammodino_jax.errors import UserError
+from mammodino_jax.errors import UserError, refuse_bucket
 from mammodino_jax.held_out import HeldOut
-from mammodino_jax.metrics import MetricsWriter, read
+from mammodino_jax.metrics import MetricsWriter, read, write_whole
 from mammodino_jax.model.head import init_params
 from mammodino_jax.objective import gradients
 from mammodino_jax.optimizer import adam, adamw_update, clip_by_module
 from mammodino_jax.pictures import draw_batch
+from mammodino_jax.preemption import preemption
+from mammodino_jax.profiling import Profile, steps_of
 from mammodino_jax.recipe import Recipe, check_devices, from_config
 from mammodino_jax.schedules import Cosine, scaled_lr
 from mammodino_jax.sharding import ROWS, make_mesh, put_batch, state_shardings
+
+# for a file to appear on other hosts: NFS and gcsfuse remember for a while what is not there
+SHARED_SECONDS = 60
+# fields (or their beginnings) in which a run and its continuation may differ: they change no result
+MAY_DIFFER = (
+    "run.", "data.workers", "data.threads", "fsdp", "profile_steps", "model.remat", "model.scan",
+    "model.attention", "loss.patch_chunk",
+)  # fmt: skip
 
 
 def init_state(recipe: Recipe, loaded: dict | None = None) -> dict:
@@ -119,17 +132,7 @@ def check_workdir(config, workdir: Path) -> None:
     if not path.exists():
         return
     there, here = (dict(_flatten(c)) for c in (json.loads(path.read_text()), _jsonable(config)))
-    free = (
-        "run.",
-        "data.workers",
-        "data.threads",
-        "fsdp",
-        "model.remat",
-        "model.scan",
-        "model.attention",
-        "loss.patch_chunk",
-    )
-    names = sorted(name for name in there.keys() | here.keys() if not name.startswith(free))
+    names = sorted(name for name in there.keys() | here.keys() if not name.startswith(MAY_DIFFER))
     changed = [name for name in names if there.get(name) != here.get(name)]
     if changed:
         name = changed[0]
@@ -137,6 +140,24 @@ def check_workdir(config, workdir: Path) -> None:
             f"workdir {workdir} belongs to another config: {name} is {there.get(name)} there and "
             f"{here.get(name)} here ({len(changed)} fields differ); give another --workdir or the same config"
         )
+
+
+def claim_workdir(config, workdir: Path) -> None:
+    """Process 0 writes config.json; the others wait for it, and see that they share folder and config."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "config.json"
+    if jax.process_index() == 0:
+        write_whole(path, json.dumps(_jsonable(config), indent=1))
+    multihost_utils.sync_global_devices("config.json")
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"process {jax.process_index()} does not see what process 0 wrote to {workdir}: checkpoints "
+                "need a workdir that all hosts share (NFS, Lustre, or a mounted bucket: docs/launch.md)"
+            )
+        time.sleep(1)
+    check_workdir(config, workdir)
 
 
 def _jsonable(config) -> dict:
@@ -163,11 +184,14 @@ def with_statistics(config):
     return measured
 
 
-def starting_point(recipe: Recipe, workdir: Path, start: int) -> tuple[dict | None, dict]:
-    """Parameters to start from (None: random ones, or a checkpoint's), and the provenance of the run."""
+def starting_point(recipe: Recipe, saved: dict | None) -> tuple[dict | None, dict]:
+    """Parameters to start from (None: random ones, or a checkpoint's), and the provenance of the run.
+
+    `saved` is the provenance of the checkpoint that the run goes on from; None: it starts.
+    """
     c, look, seen = recipe.init, recipe.augment, provenance.collect(recipe.data)
-    if start:
-        return None, provenance.join(seen, checkpoint.load(workdir, "provenance"))
+    if saved is not None:
+        return None, provenance.join(seen, saved)
     if not c.weights:
         return None, seen
     loaded = load_pretrained(c.weights, c.heads, recipe.model, recipe.head, look.mean, look.std)
@@ -205,31 +229,31 @@ def jit_step(recipe: Recipe, mesh):
     )  # fmt: skip
 
 
-def start_or_resume(recipe: Recipe, mesh, checkpoints: Checkpoints, loaded: dict | None = None) -> dict:
-    """The state to go on from: the newest checkpoint's, else step 0."""
-    target = abstract_state(recipe, mesh)
-    if checkpoints.latest is None:
-        shardings = jax.tree.map(lambda a: a.sharding, target)
-        return jax.jit(functools.partial(init_state, recipe), out_shardings=shardings)(loaded)
-    return checkpoints.restore(target)
+def fresh_state(recipe: Recipe, mesh, loaded: dict | None = None) -> dict:
+    """`init_state`, laid over a mesh."""
+    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(recipe, mesh))
+    return jax.jit(functools.partial(init_state, recipe), out_shardings=shardings)(loaded)
 
 
 def train(config, workdir: str) -> dict:
     """Train as `config` says, in `workdir`; the same call again resumes from the newest checkpoint.
 
-    Returns the final train state.
+    On SIGTERM the state is saved at the end of the running step. Returns the last train state.
 
     Raises:
-      UserError: config, data or workdir do not fit; nothing has been written then.
+      UserError: config, data or workdir do not fit (nothing has been written then), no checkpoint can be
+        read, a record cannot be read, or the last state cannot be saved.
+      DataError: a data worker was killed, or failed otherwise.
       FloatingPointError: three steps in a row were not finite.
     """
+    refuse_bucket(workdir, "workdir")
     config = with_statistics(config)
     recipe, workdir = from_config(config), Path(workdir).absolute()
     check_devices(recipe)
     mesh = make_mesh(recipe.fsdp)
     check_workdir(config, workdir)
-    start = max(checkpoint.steps(workdir / "checkpoints"), default=0)
-    loaded, seen = starting_point(recipe, workdir, start)
+    start, state, saved = checkpoint.restore(workdir / "checkpoints", abstract_state(recipe, mesh))
+    loaded, seen = starting_point(recipe, saved)
     batches = make_batches(
         recipe.data, recipe.crops, recipe.mask, recipe.pairs,
         batch_size=recipe.batch_size, dbt_rows=recipe.dbt_rows, steps=max(recipe.steps, start),
@@ -239,19 +263,13 @@ def train(config, workdir: str) -> dict:
     every = recipe.run.diagnose_every
     held_out = HeldOut(recipe, mesh) if every else None
 
-    workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-        (workdir / "config.json").write_text(json.dumps(_jsonable(config), indent=1))
-    logging.info("process %d of %d, devices: %s", jax.process_index(), jax.process_count(), jax.devices())
+    claim_workdir(config, workdir)
+    first_process = jax.process_index() == 0
     checkpoints = Checkpoints(workdir / "checkpoints", keep=recipe.run.keep_checkpoints)
-    state, step_fn = start_or_resume(recipe, mesh, checkpoints, loaded), jit_step(recipe, mesh)
-    if int(state["step"]) != start:
-        raise UserError(
-            f"the newest checkpoint holds step {int(state['step'])}, its folder's name says {start}"
-        )
-    writer = MetricsWriter(workdir, start, recipe, active=jax.process_index() == 0)
+    profile = Profile(workdir / "profile", steps_of(recipe.profile_steps) if first_process else range(0))
+    writer = MetricsWriter(workdir, start, recipe, active=first_process)
     watch = Watch(
-        recipe, read(workdir / "metrics.jsonl"), held_out, active=jax.process_index() == 0,
+        recipe, read(workdir / "metrics.jsonl"), held_out, active=first_process,
         full=any(full_frames(folder) for folder, *_ in recipe.data.sources),
     )  # fmt: skip
     bad, pending = 0, None
@@ -269,22 +287,42 @@ def train(config, workdir: str) -> dict:
                 f"state lie in {folder}, checkpoints are as they were: the same command goes on from them"
             )
 
-    with contextlib.closing(batches), contextlib.closing(checkpoints), contextlib.closing(writer):
+    with contextlib.ExitStack() as stack:
+        for used in (batches, checkpoints, writer, profile):
+            stack.enter_context(contextlib.closing(used))
+        stack.enter_context(compile_cache(workdir / "compile_cache"))
+        preempted = stack.enter_context(preemption())
+        logging.info("jax %s, %d processes, devices: %s", jax.__version__, jax.process_count(), jax.devices())
+        state, step_fn = state or fresh_state(recipe, mesh, loaded), jit_step(recipe, mesh)
         for step in range(start, recipe.steps):
             with writer.waiting():
                 batch = next(batches)
-            if step == 0 and jax.process_index() == 0:
+            if step == 0 and first_process:
                 draw_batch(batch, workdir / "samples", recipe.model.patch_size)
             looked = held_out(state["teacher"]) if every and step % every == 0 else {}  # before the step
-            state, metrics = step_fn(state, put_batch(batch, mesh))
+            state, metrics = profile(step, step_fn, state, put_batch(batch, mesh))
             if pending:
                 settle(*pending)
             pending = (step, metrics | looked, batch)
-            due = (step + 1) % recipe.run.checkpoint_every == 0 or step + 1 == recipe.steps
+            stop = preempted()
+            due = stop or (step + 1) % recipe.run.checkpoint_every == 0 or step + 1 == recipe.steps
+            if due and checkpoints.wait():  # the save before has failed
+                pending[1]["checkpoint_failed"] = 1.0
             if due or bad == 2:  # a third bad step is read before the next one moves the state
                 settle(*pending)
                 pending = None
-            if due:
-                checkpoints.save(step + 1, state, seen)
-    logging.info("trained to step %d; checkpoints in %s", int(state["step"]), workdir / "checkpoints")
+            if due:  # with the metrics up to here on disk: on resuming, those of later steps are dropped
+                checkpoints.save(step + 1, state, seen, first=writer.flush)
+            if stop:
+                break
+        step = int(state["step"])
+        if reason := checkpoints.wait():
+            raise UserError(
+                f"the state of step {step} could not be saved ({reason}); make room under {workdir}: the "
+                "same command goes on from the newest checkpoint"
+            )
+    if step < recipe.steps:
+        logging.info("SIGTERM: stopped at step %d, which is saved; the same command resumes", step)
+    else:
+        logging.info("trained to step %d; checkpoints in %s", step, workdir / "checkpoints")
     return state

@@ -76,5 +76,5 @@ def test_executed_flops_are_those_of_the_traced_step(changes):
 
 def test_chips_are_found_by_the_names_that_devices_have():
     assert chip("TPU v5 lite").flops == 197e12 and chip("TPU v5").flops == 459e12
-    assert chip("TPU v6 lite").hbm == 32e9 and chip("NVIDIA H100 80GB HBM3").flops == 989e12
+    assert chip("TPU v6 lite").hbm == 32 * 2**30 and chip("NVIDIA H100 80GB HBM3").flops == 989e12
     assert chip("cpu") is None

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from heads_memory import Sizes, temporaries
 
 from mammodino_jax import losses
 from mammodino_jax.model.head import DINOHead, HeadConfig
@@ -80,3 +81,10 @@ def test_logits_of_the_teacher_do_not_overflow():
     heads = nnx.merge(GRAPH, PARAMS), nnx.merge(GRAPH, scaled)
     loss, figures = patch_loss(*heads, *inputs(), None, 0.04, chunk=4)
     assert np.isfinite(loss) and np.isfinite(figures["entropy"])
+
+
+def test_memory_grows_with_the_chunk_not_with_the_slots():
+    """Acceptance line 4 of scale, small."""
+    sizes = Sizes(images=4, width=32, head=HeadConfig(4096, 32, 64), local_views=2, dtype="float32")
+    few, many, whole = (temporaries(sizes, *s) for s in ((32, 16), (256, 16), (256, 0)))
+    assert many < 1.1 * few and many < whole / 4

@@ -93,6 +93,17 @@ def random_generator(seed: int, sample: int, purpose: int) -> np.random.Generato
     return np.random.Generator(np.random.Philox(key=seed << 96 | sample << 32 | purpose))
 
 
+def rekey(rng: np.random.Generator, seed: int, sample: int, purpose: int) -> np.random.Generator:
+    """Make a generator that of random_generator(seed, sample, purpose), ten times as fast as a new one."""
+    key = seed << 96 | sample << 32 | purpose
+    zeros = np.zeros(4, np.uint64)
+    rng.bit_generator.state = {
+        "bit_generator": "Philox", "buffer": zeros, "buffer_pos": 4, "has_uint32": 0, "uinteger": 0,
+        "state": {"counter": zeros, "key": np.array([key & (1 << 64) - 1, key >> 64], np.uint64)},
+    }  # fmt: skip
+    return rng
+
+
 def integral_image(mask: np.ndarray) -> np.ndarray:
     """Sums of a mask bool [H, W] over [0, y) x [0, x): i32 [H+1, W+1]."""
     return cv2.integral(mask.view(np.uint8))
@@ -150,21 +161,20 @@ def draw_window(
         return _draw_by_rejection(integral, shape, scale, ratio, rho, hflip, rng, side)
     (H, W), (h, w) = shape, draw_size(shape, scale, ratio, rng, side)
     flip = rng.random() < hflip
-    ys, xs = rng.integers(0, [[H - h + 1], [W - w + 1]], (2, POSITION_TRIES))
-    tissue = window_tissue(integral, ys, xs, h, w)
-    valid = tissue >= rho * h * w
-    would_reject = not valid[0]
-    fallback = False
-    first = int(valid.argmax())
-    if valid[first]:  # the first of independent uniform draws that is valid is uniform over the valid ones
-        y, x, count = ys[first], xs[first], tissue[first]
+    places = rng.integers(0, [[H - h + 1], [W - w + 1]], (2, POSITION_TRIES)).T.tolist()
+    enough, fallback = rho * h * w, False
+    # the first of independent uniform draws that is valid is uniform over the valid ones
+    for tries, (y, x) in enumerate(places):  # noqa: B007
+        count = window_tissue(integral, y, x, h, w)
+        if count >= enough:
+            break
     else:
         every = tissue_map(integral, h, w)
-        allowed = np.flatnonzero(every >= rho * h * w)
+        allowed = np.flatnonzero(every >= enough)
         fallback = allowed.size == 0
         place = every.argmax() if fallback else allowed[rng.integers(allowed.size)]
         (y, x), count = divmod(int(place), every.shape[1]), every.ravel()[place]
-    return Window(int(y), int(x), h, w, flip, float(count) / (h * w), fallback, would_reject)
+    return Window(y, x, h, w, flip, float(count) / (h * w), fallback, would_reject=tries > 0)
 
 
 def _draw_by_rejection(integral, shape, scale, ratio, rho, hflip, rng, side) -> Window:
@@ -213,15 +223,14 @@ def resample(image: np.ndarray, size: tuple[int, int], all_tissue: bool = False)
     if all_tissue:
         return out
     nearest = cv2.resize(image, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
-    tissue = cv2.threshold(nearest, 0, 255, cv2.THRESH_BINARY)[1]
-    return cv2.min(out, tissue)
+    return cv2.copyTo(out, mask=nearest)  # 0 elsewhere
 
 
 def crop(image: np.ndarray, window: Window, size: int) -> np.ndarray:
     """Pixels of a window of image u8 [H, W], resampled and flipped: u8 [size, size]."""
     y, x, h, w = window[:4]
     view = resample(image[y : y + h, x : x + w], (size, size), all_tissue=window.coverage == 1)
-    return view[:, ::-1] if window.flip else view
+    return cv2.flip(view, 1) if window.flip else view
 
 
 def box_coverage(integral: np.ndarray, y_edges: np.ndarray, x_edges: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ copied to every worker process).
 
 import dataclasses
 import hashlib
+import resource
 from pathlib import Path
 
 import grain
@@ -37,9 +38,12 @@ class Shards:
             return records.decode(self.source[record])["image"]
         except Exception as error:
             raise UserError(
-                f"{self.folder}: record {record} of split {self.split} cannot be read "
-                f"({type(error).__name__}: {error}); build the data set again"
+                f"{self.name(record)} cannot be read ({type(error).__name__}: {error}); "
+                "build the data set again"
             ) from error
+
+    def name(self, record: int) -> str:
+        return f"{self.folder}: record {record} of split {self.split}"
 
 
 @dataclasses.dataclass
@@ -64,6 +68,10 @@ class Records:
     def image(self, place: int) -> np.ndarray:
         return self.shards[self.source[place]].read(int(self.record[place]))
 
+    def name(self, place: int) -> str:
+        """What messages call a record."""
+        return self.shards[self.source[place]].name(int(self.record[place]))
+
     def lesions(self, place: int) -> np.ndarray:
         """Boxes f32 [k, 4] of a record's findings, in its pixels."""
         return self.lesion_box[self.lesion_end[place - 1] if place else 0 : self.lesion_end[place]]
@@ -81,7 +89,7 @@ def open_split(folder: str | Path, split: str, columns=None) -> tuple[Shards, pa
       Shards, and a table of `columns` (None: all) with `row`, the row's number in index.parquet, appended.
 
     Raises:
-      UserError: no such split, or index and shards disagree.
+      UserError: no such split, a damaged shard, or index and shards disagree.
     """
     if split not in records.SPLITS:
         known = ", ".join(records.SPLITS) + "." + suggest(split, records.SPLITS)
@@ -96,13 +104,36 @@ def open_split(folder: str | Path, split: str, columns=None) -> tuple[Shards, pa
     paths = records.shard_paths(folder, split)
     if not paths or not len(table):
         raise UserError(f'{folder} has no records of split "{split}"; choose another split or data set')
-    source = grain.sources.ArrayRecordDataSource(paths)
+    source = _open_shards(folder, paths)
     if len(source) != len(table):
         raise UserError(
             f"{folder}: split {split} has {len(source)} records but {len(table)} rows in index.parquet; "
             "build it again with: python -m data_prep build"
         )
+    _allow_open_files(len(paths))
     return Shards(str(folder), split, source), table
+
+
+def _open_shards(folder: str | Path, paths: list[str]) -> grain.sources.ArrayRecordDataSource:
+    try:
+        return grain.sources.ArrayRecordDataSource(paths)
+    except RuntimeError:  # it does not say which shard
+        for path in paths:
+            try:
+                grain.sources.ArrayRecordDataSource(path)
+            except RuntimeError as error:
+                name, told = Path(path).name, " ".join(str(error).split())
+                raise UserError(
+                    f"{folder}: shard {name} is damaged ({told}); build the data set again"
+                ) from error
+        raise
+
+
+def _allow_open_files(more: int) -> None:
+    """Raise the limit of open files: every shard that was read from stays open, thousands in a large set."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY not in (soft, hard):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft + more, hard), hard))
 
 
 def _kept(table: pa.Table, kinds, exclude_flags, where: str) -> np.ndarray:

@@ -24,10 +24,12 @@ from mammodino_jax.data.crops import (
     integral_image,
     patch_coverage,
     random_generator,
+    rekey,
 )
 from mammodino_jax.data.index import Records, open_records
 from mammodino_jax.data.masking import MaskConfig
 from mammodino_jax.data.pairs import PairConfig, draw_windows, possible_pairs
+from mammodino_jax.data.workers import iterate, note
 from mammodino_jax.errors import UserError
 
 # Purposes of a sample's random numbers. Views are 0, 1 (global) and 2.. (local); these lie far above.
@@ -81,11 +83,13 @@ def make_batches(
       adjacent_offset i32 [a], only where A > 0: place of the pair's distance in pairs.offsets
       (mode "none": rows r still come from dbt, but no adjacent_*)
 
-    The iterator's close() stops its workers. OpenCV's own threads are switched off: batches run in parallel.
+    The iterator's close() stops its workers, and so do its end and an error. OpenCV's own threads are
+    switched off: batches run in parallel.
 
     Raises:
-      UserError: sizes that do not divide, fewer volumes than A, an empty stream, bad sources (index.py),
-        an unreadable record.
+      UserError: sizes that do not divide, fewer volumes than A, an empty stream, bad sources (index.py); from
+        the iterator, an unreadable record.
+      DataError: from the iterator; a worker process was killed, or another error in making a batch.
     """
     for name, value in (("dbt_rows", dbt_rows), ("process count", process_count)):
         if value and batch_size % value:
@@ -116,18 +120,7 @@ def make_batches(
         opened, crops, mask, pairs, flat, dbt, volumes,
         batch_size=batch_size, dbt_rows=dbt_rows, seed=seed, process=process_index, processes=process_count,
     )  # fmt: skip
-    dataset = grain.MapDataset.range(start_step, steps).map(build)
-    # grain's defaults (16 threads, 500 elements ahead) are meant for elements of kilobytes; ours are batches.
-    ahead = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.threads)
-    dataset = dataset.to_iter_dataset(ahead)
-    if data.workers:
-        options = grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2)
-        dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
-    return iter(dataset)
-
-
-def _start_worker(worker: int, workers: int) -> None:
-    cv2.setNumThreads(0)
+    return iterate(build, opened.name, range(start_step, steps), data.workers, data.threads)
 
 
 def _mixed(sources, weights, seed: int) -> grain.MapDataset:
@@ -210,7 +203,7 @@ class _Batches:
                 self._dbt_row(batch, r, r // every, sample, self.volumes[volumes[r // every]])
             else:
                 place = int(self.flat[flat])
-                self._row(batch, r, sample, place, self.records.image(place))
+                self._row(batch, r, sample, place, self._read(sample, place))
                 flat += 1
         return batch
 
@@ -226,6 +219,10 @@ class _Batches:
             rng = random_generator(self.seed, step, _VOLUMES)
             drawn[again] = rng.choice(others, again.size, replace=False)
         return drawn
+
+    def _read(self, sample: int, place: int) -> np.ndarray:
+        note(sample // self.batch_size, place)
+        return self.records.image(place)
 
     def _row(self, batch, r: int, sample: int, place: int, image: np.ndarray) -> tuple[np.ndarray, Window]:
         """Fill row r from a record's image u8 [H, W]; returns its integral image and the window of view 0."""
@@ -256,10 +253,11 @@ class _Batches:
             unknown = not pixel_mm > 0  # NaN too: by scale, and counted
             side = None if unknown else (mm[0] / pixel_mm, mm[1] / pixel_mm)
             batch[f"count/{kind}_mm_unknown"][r] = unknown
+        rng = random_generator(self.seed, sample, 0)
         windows = [
             draw_window(
                 integral, getattr(c, f"{kind}_scale"), c.ratio, rho, c.hflip,
-                random_generator(self.seed, sample, view), c.sampler, side,
+                rekey(rng, self.seed, sample, view), c.sampler, side,
             )
             for view in views
         ]  # fmt: skip
@@ -298,16 +296,15 @@ class _Batches:
         """Fill row r with slice k of a volume, and pair i with slices k and k +- d in like windows."""
         possible = _pairs_of(self.records, volume, self.pairs)
         k, partner = volume[possible[random_generator(self.seed, sample, _PAIR).integers(len(possible))]]
-        image = self.records.image(k)
+        image = self._read(sample, int(k))
         if self.pairs.mode == "none":
             self._row(batch, r, sample, int(k), image)
             return
-        other = self.records.image(partner)
+        other = self._read(sample, int(partner))
         if image.shape != other.shape:
-            shards = self.records.shards[self.records.source[k]]
             raise UserError(
-                f"{shards.folder}: records {self.records.record[[k, partner]].tolist()} of split "
-                f"{shards.split} are slices of one volume but differ in shape; build the data set again"
+                f"{self.records.name(k)} and record {self.records.record[partner]} are slices of one volume "
+                "but differ in shape; build the data set again"
             )
         integral, window = self._row(batch, r, sample, int(k), image)
         size = self.crops.global_size
@@ -375,8 +372,7 @@ _VIEW_METRICS = ("coverage", "would_reject", "fallback", "mm_per_px")
 
 def _count(batch, r: int, kind: str, windows: list[Window], mm_per_pixel: float) -> None:
     """Counters of a row's views of a kind; `mm_per_pixel` is of a view made from a window one pixel wide."""
-    batch[f"count/{kind}_coverage"][r] = np.mean([w.coverage for w in windows])
-    batch[f"count/{kind}_would_reject"][r] = np.mean([w.would_reject for w in windows])
-    batch[f"count/{kind}_fallback"][r] = np.mean([w.fallback for w in windows])
-    side = np.mean([np.sqrt(w.height * w.width) for w in windows])
-    batch[f"count/{kind}_mm_per_px"][r] = side * mm_per_pixel
+    values = [(w.coverage, w.would_reject, w.fallback, math.sqrt(w.height * w.width)) for w in windows]
+    means = np.array(list(zip(*values, strict=True)), float).mean(1) * (1, 1, 1, mm_per_pixel)
+    for metric, mean in zip(_VIEW_METRICS, means.tolist(), strict=True):
+        batch[f"count/{kind}_{metric}"][r] = mean

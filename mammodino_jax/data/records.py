@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from mammodino_jax.errors import UserError
+from mammodino_jax.errors import UserError, refuse_bucket
 
 SCHEMA_VERSION = "1.0.0"
 NAME = "mammograms"
@@ -106,6 +106,7 @@ def read_prep(folder: Path) -> dict:
     Raises:
       UserError: the folder is missing, not a built data set, or of another schema version.
     """
+    refuse_bucket(folder, "data folder")
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"data folder {folder} does not exist; build it with: python -m data_prep build")

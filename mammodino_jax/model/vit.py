@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mammodino_jax.sharding import gathered, over_rows
+
 normal_02 = nnx.initializers.normal(0.02)  # DINOv2's trunc_normal_ cuts at 100 sigma: a plain normal
 
 
@@ -135,15 +137,29 @@ def attend(q_BTHd, k_BTHd, v_BTHd, real_BT=None, implementation: str = "auto", r
     Args:
       real_BT: bool, tokens to look at; None: all.
       implementation: "xla" (scores of all pairs of tokens in memory), "cudnn" (flash attention, on NVIDIA
-        GPUs in half precision) or "auto": cudnn where it can be used.
-      remat: compute xla's scores again in the backward pass instead of keeping them.
+        GPUs in half precision, without real_BT) or "auto": cudnn where it can be used.
+      remat: compute xla's scores again in the backward pass instead of keeping them, as cudnn always does.
     """
     half = q_BTHd.dtype in (jnp.bfloat16, jnp.float16) and real_BT is None and q_BTHd.shape[-1] % 8 == 0
     if implementation == "auto":
         implementation = "cudnn" if half and jax.default_backend() == "gpu" else "xla"
+    if implementation == "cudnn" and real_BT is None:
+        return _cudnn(q_BTHd, k_BTHd, v_BTHd)
     mask = None if real_BT is None else real_BT[:, None, None]
-    attention = functools.partial(jax.nn.dot_product_attention, mask=mask, implementation=implementation)
+    attention = functools.partial(jax.nn.dot_product_attention, mask=mask, implementation="xla")
     return (jax.checkpoint(attention) if remat else attention)(q_BTHd, k_BTHd, v_BTHd)
+
+
+def _cudnn(q_BTHd, k_BTHd, v_BTHd):
+    """Flash attention. JAX does not differentiate it at odd T (224 px: 257): a token is added, and hidden."""
+    B, T = q_BTHd.shape[:2]
+    if T % 2 == 0:
+        return jax.nn.dot_product_attention(q_BTHd, k_BTHd, v_BTHd, implementation="cudnn")
+    padded = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q_BTHd, k_BTHd, v_BTHd))
+    real_B = jnp.full(B, T, jnp.int32)
+    return jax.nn.dot_product_attention(
+        *padded, query_seq_lengths=real_B, key_value_seq_lengths=real_B, implementation="cudnn"
+    )[:, :T]
 
 
 class Attention(nnx.Module):
@@ -191,7 +207,7 @@ class LayerScale(nnx.Module):
         return x * self.gamma[...].astype(x.dtype)
 
 
-def residual(x_BTD, branch, key, rate: float, group: int, *others):
+def residual(x_BTD, branch, key, rate: float, group: int, *others, mesh=None):
     """x + branch(x, *others); in training the branch runs on a random subset of each group of rows only.
 
     DINOv2's batch-subset stochastic depth: of every `group` consecutive rows, int(group * (1 - rate)) are
@@ -205,10 +221,12 @@ def residual(x_BTD, branch, key, rate: float, group: int, *others):
     keep = max(int(group * (1 - rate)), 1)
     x_GRTD = x_BTD.reshape(B // group, group, T, D)
     rows_GS = jax.vmap(lambda k: jax.random.permutation(k, group)[:keep])(jax.random.split(key, B // group))
-    drawn = jax.vmap(lambda x, rows: x[rows])(x_GRTD, rows_GS)
+    drawn = jax.vmap(lambda x, rows: x[rows])(over_rows(x_GRTD, mesh), rows_GS)
     flat_S = (jnp.arange(0, B, group)[:, None] + rows_GS).ravel()
-    y = branch(drawn.reshape(-1, T, D), *(a[flat_S] for a in others)).reshape(drawn.shape) * (group / keep)
-    return jax.vmap(lambda x, rows, y: x.at[rows].add(y))(x_GRTD, rows_GS, y).reshape(B, T, D)
+    y = branch(over_rows(drawn.reshape(-1, T, D), mesh), *(a[flat_S] for a in others))
+    y_GSTD = over_rows(y.reshape(drawn.shape) * (group / keep), mesh)
+    x_GRTD = jax.vmap(lambda x, rows, y: x.at[rows].add(y))(x_GRTD, rows_GS, y_GSTD)
+    return over_rows(x_GRTD.reshape(B, T, D), mesh)
 
 
 class Block(nnx.Module):
@@ -221,15 +239,18 @@ class Block(nnx.Module):
         self.mlp = {"mlp": Mlp, "swiglu": SwiGLU}[c.ffn](c, rngs)
         self.ls2 = LayerScale(c)
 
-    def __call__(self, x_BTD, key=None, group: int = 0, real_BT=None):
+    def __call__(self, x_BTD, key=None, group: int = 0, real_BT=None, mesh=None):
         keys = (None, None) if key is None else jax.random.split(key)
         mask = () if real_BT is None else (real_BT,)
 
         def attend(x, *real):
             return self.ls1(self.attn(self.norm1(x), *real))
 
-        x_BTD = residual(x_BTD, attend, keys[0], self.rate, group, *mask)
-        return residual(x_BTD, lambda x: self.ls2(self.mlp(self.norm2(x))), keys[1], self.rate, group)
+        def feed_forward(x):
+            return self.ls2(self.mlp(self.norm2(x)))
+
+        x_BTD = residual(x_BTD, attend, keys[0], self.rate, group, *mask, mesh=mesh)
+        return residual(x_BTD, feed_forward, keys[1], self.rate, group, mesh=mesh)
 
 
 class ViT(nnx.Module):
@@ -266,7 +287,7 @@ class ViT(nnx.Module):
         cls = jnp.broadcast_to(pos[:, :1], (B, 1, D))
         return jnp.concatenate([cls, patches.reshape(B, rows * cols, D)], axis=1)
 
-    def _run_blocks(self, x_BTD, key, group: int, real_BT):
+    def _run_blocks(self, x_BTD, key, group: int, real_BT, mesh):
         """All blocks, one after the other or as the body of a loop (`scan`); drop-path keys by number."""
         remat, policy = self.c.remat in ("dots", "block"), REMAT[self.c.remat]
         if not self.c.scan:
@@ -274,7 +295,7 @@ class ViT(nnx.Module):
                 block_key = None if key is None else jax.random.fold_in(key, i)
 
                 def run(x, block=block, block_key=block_key):
-                    return block(x, block_key, group, real_BT)
+                    return block(x, block_key, group, real_BT, mesh)
 
                 x_BTD = (jax.checkpoint(run, policy=policy) if remat else run)(x_BTD)
             return x_BTD
@@ -288,7 +309,8 @@ class ViT(nnx.Module):
         def body(x, layer):
             i, params = layer
             block_key = None if key is None else jax.random.fold_in(key, i)
-            return nnx.merge(graph, params)(x, block_key, group, real_BT), None
+            block = nnx.merge(graph, gathered(params, mesh))
+            return block(over_rows(x, mesh), block_key, group, real_BT, mesh), None
 
         if remat:
             body = jax.checkpoint(
@@ -297,7 +319,7 @@ class ViT(nnx.Module):
         layers = jnp.arange(len(params)), jax.tree.map(stack, *params)
         return jax.lax.scan(body, x_BTD, layers)[0]
 
-    def __call__(self, images, mask=None, key=None, group: int = 0, grids=None):
+    def __call__(self, images, mask=None, key=None, group: int = 0, grids=None, mesh=None):
         """Encode images.
 
         Args:
@@ -307,6 +329,7 @@ class ViT(nnx.Module):
           group: rows that share one drop-path draw; 0 is all of them.
           grids: of own_grids, where images fill only a part of the canvas: the features of each are those
             of the image alone.
+          mesh: over whose devices the images lie; None: one device, or as XLA sees fit.
 
         Returns:
           {"cls": [B, D], "patches": [B, N, D]}, both after the final norm.
@@ -317,7 +340,7 @@ class ViT(nnx.Module):
             raise ValueError(
                 f"image size {height}x{width} is not a multiple of the patch size {c.patch_size}"
             )
-        x = self.patch_embed(images)
+        x = over_rows(self.patch_embed(over_rows(images, mesh)), mesh)
         rows, cols = x.shape[1:3]
         x = x.reshape(B, rows * cols, c.dim)
         if mask is not None:  # before the position embedding, as in DINOv2
@@ -331,7 +354,7 @@ class ViT(nnx.Module):
         if c.registers:  # they get no position
             registers = jnp.broadcast_to(self.register_tokens[...].astype(x.dtype), (B, c.registers, c.dim))
             x = jnp.concatenate([x[:, :1], registers, x[:, 1:]], axis=1)
-        x = self._run_blocks(x, key, group, real)
+        x = self._run_blocks(x, key, group, real, mesh)
         out = self.norm(x)
         first = 1 + c.registers
         return {"cls": out[:, 0], "patches": out[:, first:]}

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from compare_devices import differences, run_layouts
+from compare_devices import Layout, differences, run_layouts
 
 from configs import nano
 from mammodino_jax import metrics
@@ -210,18 +210,13 @@ def test_line_05_sigkill(built, work):
 
 def test_line_06_devices(built, work):
     """The nano recipe's step at its own learning rate on 1 and on 8 fake devices, same batch bytes."""
-    r = from_config(mixed(built, 300))
-    batch = next(
-        make_batches(
-            r.data, r.crops, r.mask, r.pairs, batch_size=r.batch_size, dbt_rows=r.dbt_rows, steps=1, seed=0
-        )
-    )
     folder = work / "devices"
-    folder.mkdir(exist_ok=True)
-    arrays = {k: np.asarray(v) for k, v in batch.items()}
-    results = run_layouts(mixed(built, 300).to_dict(), arrays, folder, [(1, 1), (8, 1), (8, 8)])
-    for layout in ((8, 1), (8, 8)):
-        loss, update = differences(results[1, 1], results[layout])
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    layouts = [Layout(1, 1), Layout(8, 1), Layout(8, 8)]
+    results = run_layouts(mixed(built, 300).to_dict(), folder, layouts)
+    for layout, result in zip(layouts[1:], results[1:], strict=True):
+        loss, update = differences(results[0], result)
         print(
             f"\n6. {layout}: losses differ by {loss:.2e} relative, updates by {update:.4f} of a learning rate"
         )

@@ -15,6 +15,7 @@ from mammodino_jax.data.crops import (
     integral_image,
     patch_coverage,
     random_generator,
+    rekey,
     resample,
 )
 from mammodino_jax.errors import UserError
@@ -264,3 +265,16 @@ def test_ten_thousand_crops_of_real_film(film_records):
                 total += 1
     print(f"{total} crops: {np.mean(flagged):.2%} flagged, {np.mean(rejected):.1%} of free draws rejected")
     assert total >= 10_000 and np.mean(flagged) <= 0.01 and np.mean(rejected) > 0.05
+
+
+def test_a_rekeyed_generator_draws_as_a_new_one():
+    rng = random_generator(1, 2, 3)
+    for key in ((0, 0, 0), (2**32 - 1, 2**31 - 1, 1004), (7, 12345, 3)):
+        rng.integers(5, size=3, dtype=np.uint8), rng.random()  # leaves half-used words behind
+        ours, new = rekey(rng, *key), random_generator(*key)
+        for draw in (
+            lambda g: g.integers(9, size=5, dtype=np.uint8),
+            lambda g: g.random(),
+            lambda g: g.integers(7),
+        ):
+            np.testing.assert_array_equal(draw(ours), draw(new))

@@ -1,5 +1,8 @@
 import hashlib
+import os
 import pickle
+import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,3 +156,33 @@ def test_index_and_shards_must_agree(make, tmp_path):
 def test_row_numbers_are_of_the_whole_index(folder):
     _, table = open_split(folder, "val", ["image_id"])
     assert table["row"].to_pylist() == [11] and table["image_id"].to_pylist() == ["e"]
+
+
+def test_more_shards_than_open_files_are_allowed(make, tmp_path):
+    """1.4 million records are 2,700 shards; a process may often open 1,024 files."""
+    images = [make.breast(16, 12, i) for i in range(60)]
+    folder = make.write_dataset(
+        tmp_path / "set", [(x, make.row(x, f"i{i}")) for i, x in enumerate(images)], 60
+    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        opened = open_records([(folder, "train", "2d", 1.0)])
+        for place, image in enumerate(images):
+            np.testing.assert_array_equal(opened.image(place), image)
+    finally:
+        del opened
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("left", [0, 0.5])
+def test_a_truncated_shard_is_named(make, tmp_path, left):
+    images = [make.breast(400, 300, i) for i in range(4)]
+    folder = make.write_dataset(
+        tmp_path / "set", [(x, make.row(x, f"i{i}")) for i, x in enumerate(images)], 2
+    )
+    second = Path(shard_paths(folder, "train")[1])
+    whole = second.read_bytes()
+    second.write_bytes(whole[: int(left * len(whole))])
+    with pytest.raises(UserError, match=f"set: shard {second.name} is damaged .*; build the data set again"):
+        open_records([(folder, "train", "2d", 1.0)])

@@ -381,7 +381,8 @@ def corrupted(make, folder, items=6):
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_unreadable_record_is_named(make, tmp_path, workers):
     data = dataclasses.replace(corrupted(make, tmp_path / "set"), workers=workers)
-    with pytest.raises(UserError, match=r"set: record 4 of split train cannot be read"):
+    where = "data worker 0 of 1, step [0-3]" if workers else "step [0-3]"
+    with pytest.raises(UserError, match=f"^{where}: .*set: record 4 of split train cannot be read"):
         batches(data, dbt_rows=0, steps=4)
 
 
@@ -389,7 +390,7 @@ def test_slices_of_different_shapes_are_named(make, tmp_path):
     slices = make.volume("v", 2)
     image = make.breast(30, 20, 0)
     folder = make.write_dataset(tmp_path / "set", [slices[0], (image, slices[1][1])])
-    with pytest.raises(UserError, match=r"records \[\d, \d\] of split train are slices of one volume"):
+    with pytest.raises(UserError, match=r"record \d of split train and record \d are slices of one vol"):
         batches(DataConfig(sources=((folder, "train", "dbt", 1.0),)), batch_size=1, dbt_rows=1)
 
 

@@ -85,3 +85,31 @@ def test_auto_takes_cudnn_where_it_can_be_used(monkeypatch, backend, dtype, mask
     x = jnp.zeros((2, 5, 2, 64), dtype)
     attend(x, x, x, jnp.ones((2, 5), bool) if masked else None)
     assert seen["implementation"] == expected
+
+
+@pytest.mark.parametrize("tokens", [50, 257])
+def test_cudnn_is_asked_for_an_even_number_of_tokens(monkeypatch, tokens):
+    """JAX differentiates cuDNN's attention at even T only; what is added must not be seen. Without a GPU XLA
+    stands in for cuDNN."""
+    original = jax.nn.dot_product_attention
+
+    def even(q, *rest, implementation, **named):
+        assert implementation == "cudnn" and q.shape[1] % 2 == 0
+        return original(q, *rest, implementation="xla", **named)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", even)
+    q, k, v, cotangent = jax.random.normal(jax.random.key(0), (4, 2, tokens, 2, 8))
+    out, pull = jax.vjp(lambda *x: attend(*x, implementation="cudnn"), q, k, v)
+    expected, pull_expected = jax.vjp(reference, q, k, v)
+    for a, b in zip((expected, *pull_expected(cotangent)), (out, *pull(cotangent)), strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-5)
+
+
+def flops(rate: float) -> float:
+    vit = dataclasses.replace(VIT, drop_path=rate)
+    grad = jax.jit(jax.grad(lambda p, key: bind(p, vit)(IMAGES, None, key, 4)["cls"].sum()))
+    return grad.lower(PARAMS, jax.random.key(0)).compile().cost_analysis()["flops"]
+
+
+def test_drop_path_saves_the_compute_that_it_drops():
+    assert flops(0.5) < 0.65 * flops(0.0)  # the rest is the patch embedding and the tokens' gathers

@@ -1,0 +1,158 @@
+"""Interrupt a training run at random moments, as machines do, and start it again each time."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from mammodino_jax import checkpoint, metrics
+
+REPO = Path(__file__).resolve().parents[1]
+MOMENTS = ("start-up", "compile", "step", "step", "saving")  # steps twice: most of a run is steps
+READY = "devices: ["  # on the console from here on SIGTERM is handled
+
+
+class Runs:
+    """Starts of one training run, `main.py` on a recipe that is written to `folder`."""
+
+    def __init__(self, folder: Path, config: ConfigDict):
+        self.folder, self.workdir, self.steps = folder, folder / "run", config.steps
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.py").write_text(
+            "import json\nfrom ml_collections import ConfigDict\n\n\ndef get_config():\n"
+            f"    return ConfigDict(json.loads('''{config.to_json()}'''))\n"
+        )
+        self.began = 0.0
+
+    def start(self, devices: int = 1) -> subprocess.Popen:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+        env.pop("JAX_COMPILATION_CACHE_DIR", None)  # the run's own
+        command = [
+            sys.executable,
+            "main.py",
+            f"--config={self.folder}/recipe.py",
+            f"--workdir={self.workdir}",
+        ]
+        self.began = time.time()
+        with (self.folder / "log").open("w") as log:
+            return subprocess.Popen(command, cwd=REPO, env=env, stdout=log, stderr=log)
+
+    def finish(self, devices: int = 1) -> str:
+        """Start and wait for the end; the console."""
+        code = self.start(devices).wait()
+        assert code == 0, self.log()[-3000:]
+        return self.log()
+
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+    def trained(self) -> int:
+        """Steps in the metrics."""
+        path = self.workdir / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    def rows(self) -> list[dict]:
+        """The metrics, without what varies by start."""
+        rows = metrics.read(self.workdir / "metrics.jsonl")
+        return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+    def saved(self) -> list[int]:
+        return checkpoint.steps(self.workdir / "checkpoints")
+
+    def saving(self) -> bool:
+        return any((self.workdir / "checkpoints").glob("*.orbax-checkpoint-tmp"))
+
+    def interrupt(self, process, what: signal.Signals, moment: str, rng: np.random.Generator) -> str:
+        """Wait for a moment, send the signal, wait for the end; returns what it hit.
+
+        SIGTERM has to end a run with exit code 0 and its line, unless it is still importing.
+        """
+
+        def until(reached):
+            while process.poll() is None and not reached():
+                time.sleep(0.005)
+
+        if moment == "start-up":
+            time.sleep(rng.uniform(0, 4))
+        else:
+            until(lambda: READY in self.log())
+        if moment == "compile":
+            time.sleep(rng.uniform(0, 3))
+        if moment in ("step", "saving"):
+            known, more = self.trained(), int(rng.integers(1, 15))
+            until(lambda: self.trained() >= min(known + more, self.steps - 1))
+        if moment == "step":
+            time.sleep(rng.uniform(0, 0.5))
+        if moment == "saving":
+            until(self.saving)
+            time.sleep(rng.uniform(0, 0.05))
+        ready, saving, at = READY in self.log(), self.saving(), self.trained()
+        process.send_signal(what)
+        process.wait()
+        seconds = time.time() - self.began
+        hit = f"{what.name} {seconds:.1f} s after the start ({moment}), at step {at}{', saving' * saving}"
+        if what == signal.SIGTERM and ready:
+            line = "SIGTERM: stopped at step" if at < self.steps - 1 else "step"
+            assert process.returncode == 0 and line in self.log(), self.log()[-3000:]
+        else:
+            assert process.returncode in (-what, 0), self.log()[-3000:]
+        return f"{hit} -> checkpoints {self.saved()}"
+
+
+def signals(kills: int, terms: int, rng: np.random.Generator) -> list[tuple[signal.Signals, str]]:
+    """Signals in random order, each with a moment; all moments come up for both kinds where they can."""
+    drawn = [
+        (what, MOMENTS[n % len(MOMENTS)])
+        for what, count in ((signal.SIGKILL, kills), (signal.SIGTERM, terms))
+        for n in range(count)
+    ]
+    return [drawn[i] for i in rng.permutation(len(drawn))]
+
+
+def truncate(file: Path) -> None:
+    """Cut the largest file of a checkpoint in two."""
+    largest = max((p for p in file.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+def parameters(run: Runs) -> tuple[int, dict]:
+    """(step, whole train state as arrays) of the newest checkpoint."""
+    return run.saved()[-1], checkpoint.load(run.workdir)
+
+
+def changing_devices(run: Runs, plan, rng: np.random.Generator, say=print) -> list[tuple[float, float]]:
+    """Interrupt a run by `plan` [(signal, moment, devices), ...], resume with the next one's devices to the end.
+
+    Returns a (loss, update) difference for each resumed step between the old and the new number of devices.
+    """
+    kept, pairs, old = run.folder / "kept", [], plan[0][2]
+    for what, moment, devices in plan:
+        pairs += keep(run, kept, old, devices)
+        process, old = run.start(devices), devices
+        say(f"   {devices} devices: {run.interrupt(process, what, moment, rng)}")
+    pairs += keep(run, kept, old, 1)
+    run.finish()
+    out = run.folder / "next.json"
+    command = [sys.executable, REPO / "tests/next_step.py", run.workdir / "config.json", kept, out, *pairs]
+    path = os.pathsep.join(str(REPO / p) for p in (".", "tests"))
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    done = subprocess.run([str(c) for c in command], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [tuple(pair) for pair in json.loads(out.read_text())]
+
+
+def keep(run: Runs, kept: Path, old: int, new: int) -> list[str]:
+    """Copy the checkpoint that the next start resumes from; [what next_step.py is to compare there]."""
+    if old == new or not run.saved() or run.saved()[-1] == run.steps:
+        return []
+    step = run.saved()[-1]
+    shutil.copytree(run.workdir / "checkpoints" / str(step), kept / str(step), dirs_exist_ok=True)
+    return [f"{step}:{old}:{new}"]
