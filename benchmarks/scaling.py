@@ -71,11 +71,10 @@ def run(layout: dict) -> dict:
     with socket.socket() as s:
         s.bind(("localhost", 0))
         address = f"localhost:{s.getsockname()[1]}"
-    flags = ENVIRONMENT.get("XLA_FLAGS", "")
-    if layout["processes"] > 1:
-        # else independent collectives run in another order in each process, and Gloo ends with "collective
-        # mismatch" (seen with jax 0.10.2)
-        flags += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    # XLA's CPU runtime may start independent collectives in another order on each device: Gloo ends with a
+    # "collective mismatch", devices of one process wait for each other without end (both seen, jax 0.10.2)
+    in_order = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    flags = f"{ENVIRONMENT.get('XLA_FLAGS', '')} {in_order}"
     environment = ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     started = []
     for process in range(layout["processes"]):
@@ -104,6 +103,23 @@ def layouts(devices: list[int], processes: list[int]) -> list[dict]:
     ]
 
 
+def report(rows: list[dict], command: str) -> str:
+    """The rows as a Markdown table; the first is the single device."""
+    one, lines = rows[0]["seconds"], []
+    for r in rows:
+        line = [r["processes"], r["devices"], r["mesh"], r["devices"] * r["batch"]]
+        if "failed" in r:
+            lines.append([*line, r["failed"], "", ""])
+            continue
+        overhead = r["seconds"] / (r["devices"] * one) - 1
+        line += [f"{r['seconds']:.3f} ({r['fastest']:.3f} to {r['slowest']:.3f})", f"{100 * overhead:+.0f} %"]
+        lines.append([*line, f"{r['loss']:.4f}"])
+    columns = ["processes", "devices", "mesh", "images", "s/step", "overhead", "loss"]
+    text = machine.head(command, ("jax", "jaxlib", "flax", "numpy"))
+    text += f"{rows[0]['recipe']}, {rows[0]['batch']} synthetic images a device, {rows[0]['dtype']}.\n\n"
+    return text + machine.table(columns, lines)
+
+
 def numbers(text: str) -> list[int]:
     return [int(n) for n in text.split(",")]
 
@@ -126,24 +142,15 @@ def main(arguments: list[str] | None = None) -> None:
     if args.devices[0] != 1 or args.processes[0] != 1:
         parser.error("--devices and --processes begin with 1, which the others are compared with")
     same = {"recipe": args.recipe, "batch": args.batch, "dtype": "float32", "steps": args.steps}
-    rows = [run(layout | same) for layout in layouts(args.devices, args.processes)]
-    if "failed" in rows[0]:
-        parser.error("the single device failed: nothing to compare with")
-    one, lines = rows[0]["seconds"], []
-    for r in rows:
-        if "failed" in r:
-            lines.append(
-                [r["processes"], r["devices"], r["mesh"], r["devices"] * r["batch"], r["failed"], "", ""]
-            )
-            continue
-        overhead = r["seconds"] / (r["devices"] * one) - 1
-        line = [r["processes"], r["devices"], r["mesh"], r["devices"] * r["batch"]]
-        line += [f"{r['seconds']:.3f} ({r['fastest']:.3f} to {r['slowest']:.3f})", f"{100 * overhead:+.0f} %"]
-        lines.append([*line, f"{r['loss']:.4f}"])
-    columns = ["processes", "devices", "mesh", "images", "s/step", "overhead", "loss"]
-    text = machine.head(machine.command("benchmarks.scaling", arguments), ("jax", "jaxlib", "flax", "numpy"))
-    text += f"{args.recipe}, {args.batch} synthetic images a device, float32.\n\n"
-    machine.finish(text + machine.table(columns, lines), args.output)
+    rows, command = [], machine.command("benchmarks.scaling", arguments)
+    for layout in layouts(args.devices, args.processes):
+        rows.append(run(layout | same))
+        if "failed" in rows[0]:
+            parser.error("the single device failed: nothing to compare with")
+        text = report(rows, command)
+        if args.output:
+            args.output.write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":
