@@ -12,6 +12,7 @@ Pixel coordinates are (y, x), half-open boxes, "source" pixels unless a column s
 
 import functools
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +53,17 @@ FINDINGS = pa.schema([
 ])  # fmt: skip
 
 
-@functools.cache
 def features():
     """The TFDS feature spec of one record: image u8 [H, W], mask u8 [ceil(H*W/8)], image_id."""
+    with _importing:
+        return _features()
+
+
+_importing = threading.Lock()  # TFDS imports itself lazily, and fails where two threads are the first at once
+
+
+@functools.cache
+def _features():
     from tensorflow_datasets.core import features as f  # imported late: costs a second, shards only
 
     return f.FeaturesDict({

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -46,3 +48,15 @@ def test_shards_are_listed_in_record_order(tmp_path):
         (tmp_path / records.shard_name(split, shard, 11)).touch()
     names = [path.rsplit("/", 1)[1] for path in records.shard_paths(tmp_path, "train")]
     assert names == [records.shard_name("train", 2, 11), records.shard_name("train", 10, 11)]
+
+
+def test_threads_may_be_the_first_to_decode():
+    """TFDS is imported at the first record, and its lazy imports are not for several threads at once."""
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+from mammodino_jax.data import records
+with ThreadPoolExecutor(8) as pool:
+    assert len({id(f) for f in pool.map(lambda _: records.features(), range(8))}) == 1
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
