@@ -133,6 +133,7 @@ def restore(folder: Path, target: dict) -> tuple[int, dict | None, dict | None]:
         parts, reason, readable = _read_together(folder / str(step), step, target)
         if readable.all():
             break
+        parts = None  # the older state has to fit in its place
         unread[step] = reason or "another process cannot read it"
         aside[step] = f"{step}.unread" if readable.any() else f"{step}.corrupt"
     else:
