@@ -26,7 +26,8 @@ class Runs:
     """Starts of one training run, `main.py` on a recipe that is written to `folder`."""
 
     def __init__(self, folder: Path, config: ConfigDict):
-        self.folder, self.workdir, self.steps = folder, folder / "run", config.steps
+        self.folder, self.workdir = folder, folder / "run"
+        self.steps, self.batch_size = config.steps, config.batch_size
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.py").write_text(
             "import json\nfrom ml_collections import ConfigDict\n\n\ndef get_config():\n"
@@ -109,8 +110,9 @@ class Runs:
         if moment in ("step", "saving"):
             known, more = self.trained(), int(rng.integers(1, 15))
             until(lambda: self.trained() >= min(known + more, self.steps - LAST))
-        if moment == "step":
-            time.sleep(rng.uniform(0, 0.3))
+        if moment == "step":  # anywhere in the next one
+            rates = [row["time/images_per_s"] for row in metrics.read(self.workdir / "metrics.jsonl")[-5:]]
+            time.sleep(rng.uniform(0, self.batch_size / max(rates, default=self.batch_size)))
         if moment == "saving":
             until(self.saving)
             time.sleep(rng.uniform(0, 0.05))
