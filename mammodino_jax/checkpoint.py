@@ -1,11 +1,13 @@
 """Checkpoints by Orbax (v1 API): all of Orbax that the project uses is in this file.
 
 A checkpoint is a folder named by its step. What is called otherwise is none: STEP.orbax-checkpoint-tmp, a
-save that did not finish, and STEP.corrupt, a checkpoint that could not be read and was moved out of the way.
+save that did not finish, and STEP.corrupt (no process could read it) or STEP.unread (some could), which were
+moved out of the way.
 """
 
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,10 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from mammodino_jax.errors import UserError
+
+# for a file to appear on other hosts: NFS and gcsfuse remember for a while what is not there
+SHARED_SECONDS = 60
+RETRY_SECONDS = 3
 
 
 class Checkpoints:
@@ -106,7 +112,8 @@ class Checkpoints:
 def restore(folder: Path, target: dict) -> tuple[int, dict | None, dict | None]:
     """The newest checkpoint that every process can read.
 
-    Newer ones are moved aside to STEP.corrupt, each with a warning.
+    Newer ones are moved aside, each with a warning: to STEP.corrupt, or to STEP.unread where it could be read
+    by some processes, and so may be whole. Under its own name it would be in the way of the run's next ones.
 
     Args:
       folder: where the checkpoints lie.
@@ -118,14 +125,17 @@ def restore(folder: Path, target: dict) -> tuple[int, dict | None, dict | None]:
 
     Raises:
       UserError: there are checkpoints, but none can be read; nothing has been moved then.
+      jax.errors.JaxRuntimeError: the device has too little memory for the state.
     """
-    folder, unread = Path(folder), {}
+    folder, unread, aside = Path(folder), {}, {}
     left = steps(folder)
     while (step := _of_process_0(left.pop() if left else -1)) >= 0:
-        parts, reason = _read(folder / str(step), step, target)
-        if _everywhere(not reason):
+        parts, reason, readable = _read_together(folder / str(step), step, target)
+        if readable.all():
             break
+        parts = None  # the older state has to fit in its place
         unread[step] = reason or "another process cannot read it"
+        aside[step] = f"{step}.unread" if readable.any() else f"{step}.corrupt"
     else:
         if unread:
             told = "; ".join(f"step {step}: {reason}" for step, reason in unread.items())
@@ -135,16 +145,39 @@ def restore(folder: Path, target: dict) -> tuple[int, dict | None, dict | None]:
             )
         return 0, None, None
     for broken, reason in unread.items() if jax.process_index() == 0 else ():
-        aside = folder / f"{broken}.corrupt"
-        while aside.exists():
-            aside = aside.with_name(aside.name + "+")
-        (folder / str(broken)).rename(aside)
+        moved = folder / aside[broken]
+        while moved.exists():
+            moved = moved.with_name(moved.name + "+")
+        (folder / str(broken)).rename(moved)
         logging.warning(
             "checkpoint %d cannot be read (%s) and is moved to %s; going on from step %d",
-            broken, reason, aside, step,
+            broken, reason, moved, step,
         )  # fmt: skip
     logging.info("restored step %d", step)
     return step, parts["state"], parts["provenance"]
+
+
+def _read_together(file: Path, step: int, target: dict) -> tuple[dict, str, np.ndarray]:
+    """(what a checkpoint holds, why this process cannot read it or "", which processes can).
+
+    What a network file system fails to read may be there a moment later: with several processes, those that
+    failed try again, for SHARED_SECONDS where another could read it, once where none could.
+    """
+    began, tries = time.monotonic(), 1
+    parts, reason = _read(file, step, target)
+    while True:
+        found = multihost_utils.process_allgather(np.array([not reason, time.monotonic() - began]))
+        found = found.reshape(-1, 2)
+        readable, seconds = found[:, 0] > 0, found[:, 1].max()  # the same everywhere, and so is what follows
+        patience = SHARED_SECONDS if readable.any() else RETRY_SECONDS
+        if readable.all() or len(readable) == 1 or seconds >= patience:
+            if tries > 1 or not readable.all():
+                _count_alike()
+            return parts, reason, readable
+        tries += 1
+        time.sleep(RETRY_SECONDS)
+        if reason:
+            parts, reason = _read(file, step, target)
 
 
 def _read(file: Path, step: int, target: dict) -> tuple[dict, str]:
@@ -159,13 +192,22 @@ def _read(file: Path, step: int, target: dict) -> tuple[dict, str]:
             raise ValueError(f"it holds step {int(parts['state']['step'])}")
         return parts, ""
     except Exception as error:  # whatever damage makes Orbax, TensorStore or a decoder raise
+        first = _first(error)
+        if isinstance(first, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(first):
+            raise  # the device is too small: nothing is wrong with the checkpoint
         return {}, _reason(error)
+
+
+def _first(error: BaseException) -> BaseException:
+    """What an error goes back to."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _reason(error: BaseException) -> str:
     """The first line of what an error goes back to."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
+    error = _first(error)
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
@@ -173,15 +215,22 @@ def _everywhere(good: bool) -> bool:
     """Whether all processes are well; where one is not, the next call of Orbax finds them in step again."""
     if np.all(multihost_utils.process_allgather(np.array(good))):
         return True
+    _count_alike()
+    return False
+
+
+def _count_alike() -> None:
+    """Let the next call of Orbax find all processes in step.
+
+    Orbax counts its operations and meets the other processes under that number. One that fails early is not
+    counted: without this the others would wait for it. There is no public way to say so.
+    """
     if jax.process_count() > 1:
-        # Orbax counts its operations and meets the other processes under that number. One that fails early is
-        # not counted: without this the others would wait for it. There is no public way to say so.
         from orbax.checkpoint._src.futures.synchronization import OperationIdGenerator as Count
 
         most = multihost_utils.process_allgather(np.int32(Count.get_current_operation_id())).max()
         while int(Count.get_current_operation_id()) < most:
             Count.next_operation_id()
-    return False
 
 
 def _of_process_0(number: int) -> int:

@@ -13,6 +13,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from mammodino_jax.errors import UserError
 from mammodino_jax.flops import chip, step_flops
 
 CONSOLE_SECONDS = 5.0  # at most one console line in so many seconds
@@ -37,7 +38,7 @@ class MetricsWriter:
             return
         self._path = workdir / "metrics.jsonl"
         self._unwritten = b""
-        self._full = False
+        self._full = self._blind = False  # whether writing metrics.jsonl, the events failed last
         _truncate(self._path, start)
         self._board = None
 
@@ -77,14 +78,24 @@ class MetricsWriter:
         # JSON has no NaN: not-applicable counters are left out, as are MFU and memory on a CPU
         known = {k: v for k, v in row.items() if math.isfinite(v)}
         self._unwritten += json.dumps(known).encode() + b"\n"
+        full, self._full = self._full, False
         try:
             self.flush(sync=False)
-            self._show(step, known)
-            self._full = False
         except OSError as error:
-            if not self._full:
+            self._full = True
+            if not full:
                 logging.warning("the metrics of step %d wait in memory: %s", step, error)
-            self._full, self._board = True, None
+        try:
+            self._show(step, known)
+            self._blind = False
+        except OSError as error:
+            if not self._blind:
+                logging.warning("TensorBoard does not get the metrics of step %d: %s", step, error)
+            self._blind = True
+            if self._board:
+                with contextlib.suppress(OSError):  # its rest fits no better
+                    self._board.close()
+            self._board = None
         if now - self._last_console >= CONSOLE_SECONDS or step in (self._start, r.steps - 1):
             self._last_console = now
             done = (step + 1 - self._start) / max(r.steps - self._start, 1)
@@ -162,10 +173,17 @@ def _truncate(path: Path, start: int) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a file; who is killed meanwhile leaves the old one, not half of the new one."""
+    """Replace a file; who is killed meanwhile leaves the old one, not half of the new one.
+
+    Raises:
+      UserError: it cannot be written (a full disk).
+    """
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def read(path: Path) -> list[dict]:

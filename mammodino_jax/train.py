@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from mammodino_jax import checkpoint, provenance
-from mammodino_jax.checkpoint import Checkpoints
+from mammodino_jax.checkpoint import SHARED_SECONDS, Checkpoints
 from mammodino_jax.compile_cache import compile_cache
 from mammodino_jax.convert.pretrained import load_pretrained, merge
 from mammodino_jax.data.index import full_frames
@@ -36,8 +36,6 @@ from mammodino_jax.recipe import Recipe, check_devices, from_config
 from mammodino_jax.schedules import Cosine, scaled_lr
 from mammodino_jax.sharding import ROWS, make_mesh, put_batch, state_shardings
 
-# for a file to appear on other hosts: NFS and gcsfuse remember for a while what is not there
-SHARED_SECONDS = 60
 # fields (or their beginnings) in which a run and its continuation may differ: they change no result
 MAY_DIFFER = (
     "run.", "data.workers", "data.threads", "fsdp", "profile_steps", "model.remat", "model.scan",
@@ -144,7 +142,10 @@ def check_workdir(config, workdir: Path) -> None:
 
 def claim_workdir(config, workdir: Path) -> None:
     """Process 0 writes config.json; the others wait for it, and see that they share folder and config."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"workdir {workdir} cannot be made: {error.strerror}") from None
     path = workdir / "config.json"
     if jax.process_index() == 0:
         write_whole(path, json.dumps(_jsonable(config), indent=1))
@@ -281,17 +282,23 @@ def train(config, workdir: str) -> dict:
         writer.write(step, metrics)
         bad = bad + 1 if metrics["bad"] else 0
         if bad == 3:
-            folder = checkpoint.dump(workdir / "bad" / str(step), state, batch)
+            folder = workdir / "bad" / str(step)
+            try:
+                checkpoint.dump(folder, state, batch)
+                told = f"lie in {folder}"
+            except Exception as error:  # a full disk; whatever it is must not hide why the run stops
+                logging.warning("%s could not be written: %s", folder, error)
+                told = "could not be written"
             raise FloatingPointError(
                 f"loss or gradients were not finite in steps {step - 2} to {step}; the last batch and the "
-                f"state lie in {folder}, checkpoints are as they were: the same command goes on from them"
+                f"state {told}, checkpoints are as they were: the same command goes on from them"
             )
 
     with contextlib.ExitStack() as stack:
+        preempted = stack.enter_context(preemption())  # undone last: a second SIGTERM interrupts no closing
         for used in (batches, checkpoints, writer, profile):
             stack.enter_context(contextlib.closing(used))
         stack.enter_context(compile_cache(workdir / "compile_cache"))
-        preempted = stack.enter_context(preemption())
         logging.info("jax %s, %d processes, devices: %s", jax.__version__, jax.process_count(), jax.devices())
         state, step_fn = state or fresh_state(recipe, mesh, loaded), jit_step(recipe, mesh)
         for step in range(start, recipe.steps):
@@ -313,7 +320,7 @@ def train(config, workdir: str) -> dict:
                 pending = None
             if due:  # with the metrics up to here on disk: on resuming, those of later steps are dropped
                 checkpoints.save(step + 1, state, seen, first=writer.flush)
-            if stop:
+            if stop or (due and preempted()):  # told while saving: there is no need for another step
                 break
         step = int(state["step"])
         if reason := checkpoints.wait():

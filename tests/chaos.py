@@ -1,5 +1,6 @@
 """Interrupt a training run at random moments, as machines do, and start it again each time."""
 
+import functools
 import json
 import os
 import shutil
@@ -15,25 +16,31 @@ from ml_collections import ConfigDict
 from mammodino_jax import checkpoint, metrics
 
 REPO = Path(__file__).resolve().parents[1]
-MOMENTS = ("start-up", "compile", "step", "step", "saving")  # steps twice: most of a run is steps
-READY = "devices: ["  # on the console from here on SIGTERM is handled
+MOMENTS = ("step", "saving", "restore", "start-up", "compile", "step")  # steps twice: most of a run is steps
+READY = "devices: ["  # on the console: from here on SIGTERM is handled
+LAST = 12  # steps before the end from which on nothing more is waited for: the signal must hit a running run
+say = functools.partial(print, flush=True)  # a run of half an hour whose output is redirected
 
 
 class Runs:
     """Starts of one training run, `main.py` on a recipe that is written to `folder`."""
 
     def __init__(self, folder: Path, config: ConfigDict):
-        self.folder, self.workdir, self.steps = folder, folder / "run", config.steps
+        self.folder, self.workdir = folder, folder / "run"
+        self.steps, self.batch_size = config.steps, config.batch_size
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.py").write_text(
             "import json\nfrom ml_collections import ConfigDict\n\n\ndef get_config():\n"
             f"    return ConfigDict(json.loads('''{config.to_json()}'''))\n"
         )
         self.began = 0.0
+        self.steps_from: list[str] = []  # of each start that has ended: "compiler", "cache" or ""
 
     def start(self, devices: int = 1) -> subprocess.Popen:
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
         env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+        # to be told what the compile cache has and has not; without a level these lines are left out
+        env |= {"JAX_DEBUG_LOG_MODULES": "jax._src.compiler", "JAX_LOGGING_LEVEL": "ERROR"}
         env.pop("JAX_COMPILATION_CACHE_DIR", None)  # the run's own
         command = [
             sys.executable,
@@ -49,7 +56,16 @@ class Runs:
         """Start and wait for the end; the console."""
         code = self.start(devices).wait()
         assert code == 0, self.log()[-3000:]
+        self.steps_from.append(self.looked_up())
         return self.log()
+
+    def looked_up(self) -> str:
+        """How the last start came by its train step; "" where it ended before that."""
+        lines = {
+            "cache": "ersistent compilation cache hit for 'jit_train_step'",
+            "compiler": "'jit_train_step' took at least",
+        }
+        return next((name for name, line in lines.items() if line in self.log()), "")
 
     def log(self) -> str:
         return (self.folder / "log").read_text()
@@ -73,7 +89,9 @@ class Runs:
     def interrupt(self, process, what: signal.Signals, moment: str, rng: np.random.Generator) -> str:
         """Wait for a moment, send the signal, wait for the end; returns what it hit.
 
-        SIGTERM has to end a run with exit code 0 and its line, unless it is still importing.
+        SIGTERM has to end a run with exit code 0 and its line, unless it is not ready yet.
+
+        Raises AssertionError: the signal hit nothing, as the run had ended, or another exit code.
         """
 
         def until(reached):
@@ -82,15 +100,19 @@ class Runs:
 
         if moment == "start-up":
             time.sleep(rng.uniform(0, 4))
+        elif moment == "restore":  # between the first line and the one that says ready
+            until(self.log)
+            time.sleep(rng.uniform(0, 1))
         else:
             until(lambda: READY in self.log())
         if moment == "compile":
             time.sleep(rng.uniform(0, 3))
         if moment in ("step", "saving"):
             known, more = self.trained(), int(rng.integers(1, 15))
-            until(lambda: self.trained() >= min(known + more, self.steps - 1))
-        if moment == "step":
-            time.sleep(rng.uniform(0, 0.5))
+            until(lambda: self.trained() >= min(known + more, self.steps - LAST))
+        if moment == "step":  # anywhere in the next one
+            rates = [row["time/images_per_s"] for row in metrics.read(self.workdir / "metrics.jsonl")[-5:]]
+            time.sleep(rng.uniform(0, self.batch_size / max(rates, default=self.batch_size)))
         if moment == "saving":
             until(self.saving)
             time.sleep(rng.uniform(0, 0.05))
@@ -99,11 +121,13 @@ class Runs:
         process.wait()
         seconds = time.time() - self.began
         hit = f"{what.name} {seconds:.1f} s after the start ({moment}), at step {at}{', saving' * saving}"
-        if what == signal.SIGTERM and ready:
-            line = "SIGTERM: stopped at step" if at < self.steps - 1 else "step"
-            assert process.returncode == 0 and line in self.log(), self.log()[-3000:]
+        told = f"{hit}, exit code {process.returncode}\n{self.log()[-3000:]}"
+        if what == signal.SIGTERM and (ready or process.returncode == 0):
+            assert process.returncode == 0 and "SIGTERM: stopped at step" in self.log(), told
         else:
-            assert process.returncode in (-what, 0), self.log()[-3000:]
+            assert process.returncode == -what, told
+        assert at < self.steps, told
+        self.steps_from.append(self.looked_up())
         return f"{hit} -> checkpoints {self.saved()}"
 
 
@@ -128,7 +152,7 @@ def parameters(run: Runs) -> tuple[int, dict]:
     return run.saved()[-1], checkpoint.load(run.workdir)
 
 
-def changing_devices(run: Runs, plan, rng: np.random.Generator, say=print) -> list[tuple[float, float]]:
+def changing_devices(run: Runs, plan, rng: np.random.Generator) -> list[tuple[float, float]]:
     """Interrupt a run by `plan` [(signal, moment, devices), ...], resume with the next one's devices to the end.
 
     Returns a (loss, update) difference for each resumed step between the old and the new number of devices.
@@ -137,13 +161,15 @@ def changing_devices(run: Runs, plan, rng: np.random.Generator, say=print) -> li
     for what, moment, devices in plan:
         pairs += keep(run, kept, old, devices)
         process, old = run.start(devices), devices
-        say(f"   {devices} devices: {run.interrupt(process, what, moment, rng)}")
+        say(f"2. {devices} devices: {run.interrupt(process, what, moment, rng)}")
     pairs += keep(run, kept, old, 1)
     run.finish()
     out = run.folder / "next.json"
     command = [sys.executable, REPO / "tests/next_step.py", run.workdir / "config.json", kept, out, *pairs]
     path = os.pathsep.join(str(REPO / p) for p in (".", "tests"))
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    # the programs of the largest number of devices are there
+    env["JAX_COMPILATION_CACHE_DIR"] = str(run.workdir / "compile_cache")
     done = subprocess.run([str(c) for c in command], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [tuple(pair) for pair in json.loads(out.read_text())]

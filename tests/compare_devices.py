@@ -81,16 +81,22 @@ def differences(a: dict, b: dict, before: dict | None = None) -> tuple[float, fl
     """(largest relative difference of a loss, largest difference of an update in learning rates).
 
     `before`: the arrays before the step, where Adam's moments were not 0.
+
+    Raises AssertionError: something is not finite.
     """
-    worst_loss = max(abs(a[k] - b[k]) / abs(a[k]) for k in (f"metric/{n}" for n in LOSSES))
+    # np.max, as Python's max passes over a NaN
+    worst_loss = np.max([abs(a[k] - b[k]) / abs(a[k]) for k in (f"metric/{n}" for n in LOSSES)])
     lr = float(a["metric/lr"])
-    worst_update = 0.0
+    worst_update = [0.0]
     for name in (k.removeprefix("mu/") for k in a if k.startswith("mu/")):
         gradient = a[f"mu/{name}"] - (BETA1 * before[f"mu/{name}"] if before else 0)
         counts = np.abs(gradient) / (1 - BETA1) > 1e-7  # below, Adam takes the sign of rounding noise
-        error = np.abs(a[f"student/{name}"] - b[f"student/{name}"])[counts] / lr
-        worst_update = max(worst_update, float(error.max(initial=0)))
-    return float(worst_loss), worst_update
+        error = np.abs(a[f"student/{name}"] - b[f"student/{name}"]) / lr
+        assert np.isfinite(gradient).all() and np.isfinite(error).all(), name
+        worst_update.append(error[counts].max(initial=0))
+    worst = float(worst_loss), float(np.max(worst_update))
+    assert np.isfinite(worst).all(), worst
+    return worst
 
 
 def compare(config: dict, folder: Path, layouts) -> tuple[list[str], float, float]:
@@ -119,4 +125,4 @@ def compare(config: dict, folder: Path, layouts) -> tuple[list[str], float, floa
             f"checkpoint of {origin} in all layouts: state equal, next step: losses within "
             f"{max(f[0] for f in found):.1e}, updates within {max(f[1] for f in found):.5f} of a rate"
         )
-    return lines, max(w[0] for w in worst), max(w[1] for w in worst)
+    return lines, *map(float, np.max(worst, axis=0))

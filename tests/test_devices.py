@@ -1,10 +1,23 @@
 """One step on 1 and on 8 fake devices and in 2 processes agrees; a checkpoint of each goes on in each."""
 
+import numpy as np
 import pytest
-from compare_devices import Layout, compare
+from compare_devices import LOSSES, Layout, compare, differences
 from make_dataset import breast, row, volume, write_dataset
 
 from configs import nano
+
+
+@pytest.mark.parametrize("name", ["metric/koleo", "student/w", "mu/w"])
+def test_what_is_not_finite_does_not_agree(name):
+    step = {f"metric/{n}": np.float32(1) for n in (*LOSSES, "lr")} | {
+        "student/w": np.ones(3),
+        "mu/w": np.ones(3),
+    }
+    assert differences(step, step) == (0, 0)
+    broken = {**step, name: step[name] * np.nan}
+    with pytest.raises(AssertionError):
+        differences(broken, step)
 
 
 @pytest.mark.slow
