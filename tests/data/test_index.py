@@ -178,7 +178,11 @@ def test_more_shards_than_open_files_are_allowed(make, tmp_path):
 
 @pytest.mark.parametrize(
     ("soft", "hard", "wanted"),
-    [(256, resource.RLIM_INFINITY, 356), (256, 300, 300), (resource.RLIM_INFINITY, resource.RLIM_INFINITY, None)],
+    [
+        (256, resource.RLIM_INFINITY, 356),
+        (256, 300, 300),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, None),
+    ],
 )
 def test_the_limit_of_open_files_is_raised_as_far_as_it_goes(monkeypatch, soft, hard, wanted):
     """macOS: 256 of any number."""
