@@ -2,6 +2,7 @@
 
 import logging as stdlib_logging
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -27,7 +28,7 @@ def ours_or_error(record) -> bool:
 
 
 def main(_):
-    from mammodino_jax.hosts import connect  # imports jax: here, because data workers re-import this module
+    from mammodino_jax.hosts import connect, leave  # imports jax: here, as data workers re-import this module
     from mammodino_jax.train import train
 
     logging.get_absl_handler().addFilter(ours_or_error)
@@ -36,7 +37,10 @@ def main(_):
         train(flags.FLAGS.config, flags.FLAGS.workdir)
     except (UserError, DataError) as error:  # of the second, another try may help
         print("error:", error, file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+        leave(2 if isinstance(error, UserError) else 1)
+    except Exception:
+        traceback.print_exc()
+        leave(1)
 
 
 if __name__ == "__main__":

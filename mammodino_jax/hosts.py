@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+import time
 
 import jax
 from absl import logging
@@ -10,7 +11,8 @@ from absl import logging
 from mammodino_jax.errors import UserError
 
 MEET_SECONDS = 300  # for all processes to come together
-LEAVE_SECONDS = 60  # an ending process waits so long for the others: one that failed takes them with it
+LEAVE_SECONDS = 60  # a process that is done waits so long for the others
+LAST_SECONDS = 10  # process 0 stays so long after an error: without it the others abort, theirs unsaid
 
 
 def connect(
@@ -76,6 +78,23 @@ def connect(
             jax.config.update(f"jax_{platform}_visible_devices", "all")
     if jax.process_index():
         logging.set_verbosity(logging.ERROR)
+
+
+def leave(code: int) -> None:
+    """End a process that failed, with this exit code; the others notice that it is gone.
+
+    Where it is one of several, not by Python's way out: on it JAX waits for the others, and aborts (exit code
+    134) when they do not come.
+    """
+    if not jax.distributed.is_initialized():
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        if jax.process_index() == 0 and jax.process_count() > 1:
+            time.sleep(LAST_SECONDS)
+    finally:  # devices that could not be opened raise here once more
+        os._exit(code)
 
 
 def _own_gpus(env) -> bool:

@@ -15,6 +15,7 @@ import pytest
 from tiny import tiny, tiny_dataset
 
 from mammodino_jax import checkpoint, hosts, metrics, train
+from mammodino_jax.data import records
 from mammodino_jax.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
@@ -133,16 +134,21 @@ def test_a_cluster_that_cannot_be_joined_is_one_error():
     assert len(err.strip().splitlines()) == 1 and "--processes=1 to train alone" in err
 
 
+def recipe_file(folder: Path, config) -> Path:
+    path = folder / "recipe.py"
+    path.write_text(
+        f"import json\nfrom ml_collections import ConfigDict\nVALUES = json.loads('''{json.dumps(config.to_dict())}''')\n\n"
+        "def get_config():\n    return ConfigDict(VALUES)\n"
+    )
+    return path
+
+
 @pytest.mark.slow
 def test_two_processes_train_and_one_goes_on(tmp_path):
     """main.py by its flags: files are written once, and one process with one device resumes the run."""
     c = tiny(tiny_dataset(tmp_path / "data"), steps=4, batch_size=16, dbt_rows=8)
     c.run.checkpoint_every, c.fsdp = 2, 1
-    config, workdir = tmp_path / "recipe.py", tmp_path / "run"
-    config.write_text(
-        f"import json\nfrom ml_collections import ConfigDict\nVALUES = json.loads('''{json.dumps(c.to_dict())}''')\n\n"
-        "def get_config():\n    return ConfigDict(VALUES)\n"
-    )
+    config, workdir = recipe_file(tmp_path, c), tmp_path / "run"
     command = [sys.executable, "main.py", f"--config={config}", f"--workdir={workdir}"]
 
     def main(*flags, **env):
@@ -171,6 +177,47 @@ def test_two_processes_train_and_one_goes_on(tmp_path):
     assert [row["step"] for row in one] == [0, 1, 2, 3] and one[:2] == two[:2]
     for a, b in zip(one[2:], two[2:], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["bad"] == 0
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_returns_its_code_and_the_others_notice(tmp_path):
+    """Each process reads a copy of the data of its own: a record of one's is damaged, or of both's."""
+    c = tiny(tiny_dataset(tmp_path / "data"), steps=100, batch_size=16, dbt_rows=8)
+    c.data.sources = (("data", "train", ("2d", "dbt"), 1.0),)  # below each process's folder
+    config = recipe_file(tmp_path, c)
+    runs = {}
+    for failing in ((0,), (1,), (0, 1)):
+        meet, both = f"--coordinator=localhost:{free_port()}", []
+        for p in (0, 1):
+            folder = tmp_path / f"{failing}{p}"
+            shutil.copytree(tmp_path / "data", folder / "data")
+            for shard in records.shard_paths(folder / "data", "train") if p in failing else ():
+                content = bytearray(Path(shard).read_bytes())
+                at = len(content) // 4
+                content[at : at + 64] = bytes(64)  # one record
+                Path(shard).write_bytes(content)
+            command = [
+                sys.executable,
+                REPO / "main.py",
+                f"--config={config}",
+                f"--workdir={tmp_path / str(failing)}",
+            ]
+            both.append(
+                subprocess.Popen(
+                    [*command, meet, "--processes=2", f"--process={p}"],
+                    cwd=folder, env=clean(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                )
+            )  # fmt: skip
+        runs[failing] = both
+    began = time.time()
+    for failing, both in runs.items():
+        for p, process in enumerate(both):
+            err = process.communicate(timeout=300)[1]
+            if p in failing:
+                assert process.returncode == 2 and "cannot be read" in err, err[-2000:]
+            else:  # a collective fails, or JAX aborts when it learns that the other is gone
+                assert process.returncode in (1, -6), (process.returncode, err[-2000:])
+    assert time.time() - began < 150
 
 
 def test_a_workdir_that_hosts_do_not_share_is_refused(tmp_path, monkeypatch):

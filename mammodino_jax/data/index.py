@@ -132,8 +132,9 @@ def _open_shards(folder: str | Path, paths: list[str]) -> grain.sources.ArrayRec
 def _allow_open_files(more: int) -> None:
     """Raise the limit of open files: every shard that was read from stays open, thousands in a large set."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if resource.RLIM_INFINITY not in (soft, hard):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft + more, hard), hard))
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + more if hard == resource.RLIM_INFINITY else min(soft + more, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _kept(table: pa.Table, kinds, exclude_flags, where: str) -> np.ndarray:

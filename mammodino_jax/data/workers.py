@@ -7,6 +7,7 @@ it reads a record, which one and for which step; the process that waits for the 
 import contextlib
 import functools
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import re
 import shutil
@@ -98,6 +99,9 @@ def iterate(
         batches = iter(dataset)
         # Ctrl-C and preemption reach the whole group, but the training process decides, and stops its workers
         # itself: processes that start during the first next() inherit the mask and never see these signals.
+        # Python's tracker of shared memory lifts the mask as it starts, so it must run before.
+        if workers and steps:
+            multiprocessing.resource_tracker.ensure_running()
         mask = signal.pthread_sigmask(
             signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM) if workers and steps else ()
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mammodino_jax.data import index
 from mammodino_jax.data.index import open_records, open_split, patient_number
 from mammodino_jax.data.records import shard_paths
 from mammodino_jax.errors import UserError
@@ -173,6 +174,23 @@ def test_more_shards_than_open_files_are_allowed(make, tmp_path):
     finally:
         del opened
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "wanted"),
+    [
+        (256, resource.RLIM_INFINITY, 356),
+        (256, 300, 300),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, None),
+    ],
+)
+def test_the_limit_of_open_files_is_raised_as_far_as_it_goes(monkeypatch, soft, hard, wanted):
+    """macOS: 256 of any number."""
+    given = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: given.append(limits))
+    index._allow_open_files(100)
+    assert given == ([(wanted, hard)] if wanted else [])
 
 
 @pytest.mark.parametrize("left", [0, 0.5])

@@ -93,14 +93,25 @@ def test_bad_input_stays_bad_input():
 
 @pytest.mark.slow
 def test_close_stops_the_workers_and_a_signal_to_the_group_does_not():
-    batches = iterate(maker(), NAME, range(1000), 2, 2)
-    next(batches)
-    for process in multiprocessing.active_children():
-        os.kill(process.pid, signal.SIGTERM)
-        os.kill(process.pid, signal.SIGINT)
-    assert [next(batches)["step"] for _ in range(20)] == list(range(1, 21))
-    batches.close()
-    assert no_workers_left()
+    """In a new process: the first next() of a process starts helpers of multiprocessing, too."""
+    code = (
+        "import multiprocessing, os, signal\n"
+        "from absl import flags; flags.FLAGS.mark_as_parsed()\n"
+        "from mammodino_jax.data.workers import iterate\n"
+        "if __name__ == '__main__':\n"
+        "    batches = iterate(lambda step: {'step': step}, str, range(1000), 2, 2)\n"
+        "    next(batches)\n"
+        "    workers = multiprocessing.active_children()\n"
+        "    for worker in workers:\n"
+        "        os.kill(worker.pid, signal.SIGTERM)\n"
+        "        os.kill(worker.pid, signal.SIGINT)\n"
+        "    steps = [next(batches)['step'] for _ in range(20)]\n"
+        "    batches.close()\n"
+        "    assert not multiprocessing.active_children()\n"
+        "    print(len(workers), steps)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert run.stdout.strip() == f"2 {list(range(1, 21))}", run.stderr
 
 
 @pytest.mark.slow
