@@ -109,12 +109,14 @@ def _own_gpus(env) -> bool:
 
 
 def _give_up(where: str, timeout: int) -> None:
-    print(
-        f"error: the processes did not meet at {where} within {timeout} s: start all of them, with the same "
-        "number of processes; the port of process 0 must be open to the others",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
-    os._exit(2)
+    try:
+        print(
+            f"error: the processes did not meet at {where} within {timeout} s: start all of them, with the "
+            "same number of processes; the port of process 0 must be open to the others",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+    finally:  # stderr may be closed
+        os._exit(2)
 
 
 def _alone() -> None:
