@@ -64,30 +64,25 @@ def test_flags_that_do_not_fit_are_named(given, message):
         hosts.connect(*given)
 
 
-def test_one_process_needs_neither_flags_nor_network(monkeypatch):
+def alone(before: str, env: dict) -> subprocess.CompletedProcess:
+    """connect() in a process that has touched no device yet."""
+    code = (
+        f"{before}\nfrom mammodino_jax import hosts\nhosts.connect(processes=1)\nhosts.connect()\n"
+        "import jax\nassert not jax.distributed.is_initialized() and jax.device_count()"
+    )
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+
+def test_one_process_needs_neither_flags_nor_network():
     """No socket is opened: neither by JAX, whose service would need one, nor for detection."""
-
-    def refuse(*_, **__):
-        raise AssertionError("network")
-
-    monkeypatch.setattr(socket, "socket", refuse)
-    monkeypatch.setattr(socket, "gethostbyname", refuse)
-    for name in list(os.environ):
-        if name.startswith(CLUSTERS):
-            monkeypatch.delenv(name)
-    hosts.connect()
-    hosts.connect(processes=1)
-    assert not jax.distributed.is_initialized()
+    refuse = "import socket\ndef refuse(*_, **__):\n    raise AssertionError('network')"
+    done = alone(f"{refuse}\nsocket.socket = socket.gethostbyname = refuse", clean())
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_a_pod_of_an_indexed_job_does_not_train_alone(monkeypatch):
-    for name in list(os.environ):
-        if name.startswith(CLUSTERS):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("JOB_COMPLETION_INDEX", "3")
-    with pytest.raises(UserError, match="JOB_COMPLETION_INDEX=3"):
-        hosts.connect()
-    hosts.connect(processes=1)
+def test_a_pod_of_an_indexed_job_does_not_train_alone():
+    done = alone("", clean() | {"JOB_COMPLETION_INDEX": "3"})
+    assert done.returncode == 1 and "UserError: this is pod JOB_COMPLETION_INDEX=3" in done.stderr
 
 
 def slurm(task: int, tasks: int, nodes: int = 1, **env) -> dict:
