@@ -67,7 +67,7 @@ def test_flags_that_do_not_fit_are_named(given, message):
 def alone(before: str, env: dict) -> subprocess.CompletedProcess:
     """connect() in a process that has touched no device yet."""
     code = (
-        f"{before}\nfrom mammodino_jax import hosts\nhosts.connect(processes=1)\nhosts.connect()\n"
+        f"from mammodino_jax import hosts\n{before}\nhosts.connect(processes=1)\nhosts.connect()\n"
         "import jax\nassert not jax.distributed.is_initialized() and jax.device_count()"
     )
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
