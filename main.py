@@ -1,7 +1,6 @@
 """Pretrain: python main.py --config=configs/nano.py --workdir=DIR [--config.optim.base_lr=1e-3]."""
 
 import logging as stdlib_logging
-import sys
 import traceback
 
 from absl import app, flags, logging
@@ -36,11 +35,9 @@ def main(_):
         connect(flags.FLAGS.coordinator, flags.FLAGS.processes, flags.FLAGS.process)
         train(flags.FLAGS.config, flags.FLAGS.workdir)
     except (UserError, DataError) as error:  # of the second, another try may help
-        print("error:", error, file=sys.stderr)
-        leave(2 if isinstance(error, UserError) else 1)
+        leave(f"error: {error}", 2 if isinstance(error, UserError) else 1)
     except Exception:
-        traceback.print_exc()
-        leave(1)
+        leave(traceback.format_exc(), 1)
 
 
 if __name__ == "__main__":

@@ -80,16 +80,20 @@ def connect(
         logging.set_verbosity(logging.ERROR)
 
 
-def leave(code: int) -> None:
-    """End a process that failed, with this exit code; the others notice that it is gone.
+def leave(why: str, code: int) -> None:
+    """Say why a process failed and end it with this exit code; the others notice that it is gone.
 
     Where it is one of several, not by Python's way out: on it JAX waits for the others, and aborts (exit code
-    134) when they do not come.
+    134) when they do not come. Nor where the console cannot be written (its file may lie on the full disk that
+    ended the run): Python would end with 120.
     """
+    try:
+        print(why, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    except OSError:
+        os._exit(code)
     if not jax.distributed.is_initialized():
         sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
     try:
         if jax.process_index() == 0 and jax.process_count() > 1:
             time.sleep(LAST_SECONDS)

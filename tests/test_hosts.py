@@ -229,3 +229,10 @@ def test_a_workdir_that_hosts_do_not_share_is_refused(tmp_path, monkeypatch):
     c.seed = 5
     with pytest.raises(UserError, match="belongs to another config: seed is 0 there and 5 here"):
         train.claim_workdir(c, tmp_path)
+
+
+def test_the_exit_code_holds_where_the_console_is_on_a_full_disk():
+    code = "from mammodino_jax.hosts import leave\nleave('error: no room', 2)"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], env=clean(), stderr=full)
+    assert done.returncode == 2

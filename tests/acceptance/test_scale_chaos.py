@@ -141,9 +141,9 @@ def test_line_02_full_disk(config, small_disk, left):
     fill(25)
     code, last = process.wait(), run.log().splitlines()[-1]
     say(f"2. disk full to the end: exit code {code}: {last[:300]}; checkpoints {run.saved()}")
-    assert (
-        code == 2 and last.startswith("error: the state of step 40 could not be saved") and 20 in run.saved()
-    )
+    assert code == 2 and 20 in run.saved()
+    if left:  # else there was no room for the console's last line, which lies on this disk, too
+        assert last.startswith("error: the state of step 40 could not be saved")
     (small_disk / "filler").unlink()
     run.finish()
     assert run.saved()[-1] == 40
