@@ -84,8 +84,8 @@ def leave(why: str, code: int) -> None:
     """Say why a process failed and end it with this exit code; the others notice that it is gone.
 
     Where it is one of several, not by Python's way out: on it JAX waits for the others, and aborts (exit code
-    134) when they do not come. Nor where the console cannot be written (its file may lie on the full disk that
-    ended the run): Python would end with 120.
+    134) when they do not come. Nor where the console cannot be written (its file may lie on the full disk
+    that ended the run): Python would end with 120.
     """
     try:
         print(why, file=sys.stderr, flush=True)
