@@ -102,7 +102,7 @@ def add_rates(rows: list[dict]) -> None:
             row["ratio"] = row["images_per_s"] / row["devices"] / max(peers)
 
 
-def report(rows: list[dict], command: str, peer: bool) -> str:
+def report(rows: list[dict], command: str) -> str:
     """The rows as a Markdown table, with machine, versions, command and conventions."""
 
     def percent(share):
@@ -126,6 +126,7 @@ def report(rows: list[dict], command: str, peer: bool) -> str:
         ])  # fmt: skip
     columns = ["recipe", "step", "dtype", "attention", "recompute", "batch a device", "s/step", "images/s"]
     columns += ["TFLOP/s", "MFU", "HFU", "peak GiB", "compile s", "ratio to PyTorch", "loss"]
+    peer = any(row["step"] == "torch" and "failed" not in row for row in rows)
     versions = ["jax", "jaxlib", "flax", "numpy"] + (["torch", "timm"] if peer else [])
     text = machine.head(command, versions)
     peaks = {(r["devices"], r["device"], r["dtype"], r["peak_flops"]) for r in rows if "failed" not in r}
@@ -190,9 +191,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(" ".join(str(v) for v in rows[-1].values()), file=sys.stderr, flush=True)
         add_rates(rows)
         if args.output:
-            args.output.write_text(report(rows, command, bool(args.peer)))
+            args.output.write_text(report(rows, command))
             args.output.with_suffix(".json").write_text(json.dumps(rows, indent=1))
-    print(report(rows, command, bool(args.peer)))
+    print(report(rows, command))
 
 
 if __name__ == "__main__":
