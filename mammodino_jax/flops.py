@@ -13,9 +13,9 @@ XLA's own count (cost_analysis) is no substitute: it counts the body of a loop o
 import dataclasses
 
 from mammodino_jax.data.masking import slots
+from mammodino_jax.losses import SINKHORN_ITERATIONS
 from mammodino_jax.model.head import HeadConfig
 from mammodino_jax.model.vit import ViTConfig
-from mammodino_jax.patch_loss import SINKHORN_ITERATIONS
 from mammodino_jax.recipe import Recipe
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 STUDENT_TEMP = 0.1  # both heads, as in DINOv2
+SINKHORN_ITERATIONS = 3  # DINOv2
 CELLS = 32  # a side of the maps that slice pairs are compared on
 
 
@@ -33,7 +34,7 @@ def update_center(center_K, sum_K, count, momentum: float = 0.9):
     return momentum * center_K + (1 - momentum) * mean
 
 
-def sinkhorn(logits_RK, temp, weight_R=None, iterations: int = 3):
+def sinkhorn(logits_RK, temp, weight_R=None):
     """Teacher probabilities by Sinkhorn-Knopp over all rows of the global batch.
 
     In the log domain: equal to DINOv2's exp form, which overflows once a logit / temp exceeds 88. Rows of
@@ -41,7 +42,7 @@ def sinkhorn(logits_RK, temp, weight_R=None, iterations: int = 3):
     """
     log_q = logits_RK / temp
     valid = None if weight_R is None else (weight_R > 0)[:, None]
-    for _ in range(iterations):
+    for _ in range(SINKHORN_ITERATIONS):
         kept = log_q if valid is None else jnp.where(valid, log_q, -jnp.inf)
         column = jax.nn.logsumexp(kept, axis=0, keepdims=True)
         log_q = log_q - jnp.where(jnp.isfinite(column), column, 0.0)  # no valid row at all: leave as it is

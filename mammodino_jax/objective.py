@@ -117,9 +117,8 @@ def loss_fn(
     masked = jax.vmap(lambda i, w: jnp.zeros(2 * patches, bool).at[i].max(w > 0))(index, weight)
     keys = (None, None) if key is None else jax.random.split(key)
     seen = seen_t = views.get("adjacent")
-    reuse = (
-        seen is not None and seen.shape[1] == 1
-    )  # the pair of global view 0 of row i * B/A: no student view
+    # one view: the student's is global view 0 of row i * B/A
+    reuse = seen is not None and seen.shape[1] == 1
     if seen is not None and not recipe.pairs.symmetric:  # else slices k and k +- d teach each other
         seen, seen_t = (None if reuse else seen[:, :1]), seen[:, -1:]
 

@@ -17,10 +17,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from mammodino_jax import losses
-from mammodino_jax.model.head import DINOHead, project
+from mammodino_jax.model.head import DINOHead, project, similarities
 from mammodino_jax.sharding import ROWS
-
-SINKHORN_ITERATIONS = 3
 
 
 def patch_loss(
@@ -104,26 +102,26 @@ def _on_device(
     )
 
     def teacher_logits(i):
-        return _logits(z_t_nRZ[i], prototypes_t_KZ)
+        return similarities(z_t_nRZ[i], prototypes_t_KZ)
 
     shift_K = _sinkhorn_shift(n, teacher_logits, weights, temp, axes) if center_K is None else center_K / temp
 
     def cross_entropy(params, prototypes_KZ, x_RD, target_RK, weight_R):
         z_RZ = project(nnx.merge(graphs[0], params), x_RD).astype(dtype)
-        return jnp.sum(losses.cross_entropy(target_RK, _logits(z_RZ, prototypes_KZ)) * weight_R)
+        return jnp.sum(losses.cross_entropy(target_RK, similarities(z_RZ, prototypes_KZ)) * weight_R)
 
     def one(carry, i):
         total, d_tokens_bMD = carry
         raw_RK, weight_R = teacher_logits(i), weights(i)
         target_RK = jax.nn.softmax(raw_RK / temp - shift_K, axis=-1)
-        valid_R = (weight_R > 0).astype(jnp.float32)
+        sum_K, rows = losses.center_sum(raw_RK, weight_R)
         value, (d_params, d_prototypes, d_x_RD) = jax.value_and_grad(cross_entropy, (0, 1, 2))(
             params, prototypes_KZ, cut(tokens_bMD, starts_n[i]), target_RK, weight_R
         )
         figures = {
-            "entropy": jnp.sum(losses.entropies(target_RK) * valid_R),
-            "sum": jnp.matmul(valid_R, raw_RK, precision="highest"),
-            "rows": valid_R.sum(),
+            "entropy": jnp.sum(losses.entropies(target_RK), where=weight_R > 0),
+            "sum": sum_K,
+            "rows": rows,
         }
         new = (value, figures, (d_params, d_prototypes))
         total = jax.tree.map(lambda total, a: total + a.astype(total.dtype), total, new)
@@ -144,10 +142,6 @@ def _on_device(
     return (value, figures), d_student, d_tokens_bMD
 
 
-def _logits(z_RZ, prototypes_KZ):
-    return jnp.einsum("rz,kz->rk", z_RZ, prototypes_KZ, preferred_element_type=jnp.float32)
-
-
 def _sinkhorn_shift(n: int, logits, weights, temp, axes):
     """What Sinkhorn-Knopp takes from the columns of logits / temp; its targets are the softmax of the rest.
 
@@ -156,7 +150,7 @@ def _sinkhorn_shift(n: int, logits, weights, temp, axes):
     """
     K = jax.eval_shape(logits, 0).shape[1]
     shift_K = None
-    for _ in range(SINKHORN_ITERATIONS):
+    for _ in range(losses.SINKHORN_ITERATIONS):
 
         def add(carry, i, shift_K=shift_K):
             """Streaming logsumexp of the columns."""

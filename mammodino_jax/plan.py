@@ -56,9 +56,8 @@ def topology_devices(name: str) -> list:
         TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4",
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     )  # fmt: skip
-    jax.config.update(
-        "jax_platforms", "cpu"
-    )  # what is traced must not depend on a GPU that happens to be here
+    # what is traced must not depend on a GPU that happens to be here
+    jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
     one_chip = name.endswith(":1x1")
@@ -169,11 +168,9 @@ def plan(recipe: Recipe, devices: list, quick: bool = False) -> dict:
 
 def memory_limit(device) -> int | None:
     """Bytes that a program may use of a device: what JAX has of one that is here, else the maker's figure."""
-    try:
-        return device.memory_stats()["bytes_limit"]
-    except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
-        known = chip(device.device_kind)  # described only, or a CPU
-        return known and known.hbm
+    stats = device.memory_stats() if device in jax.local_devices() else None  # None of a CPU, too
+    known = chip(device.device_kind)
+    return stats["bytes_limit"] if stats else known and known.hbm
 
 
 def memory_of(compiled) -> dict:

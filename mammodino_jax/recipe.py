@@ -78,9 +78,7 @@ class Recipe:
     mask: MaskConfig
     pairs: PairConfig
     run: RunConfig
-    profile_steps: str = (
-        ""  # "10:13": a trace of steps 10, 11 and 12; may differ between a run and its continuation
-    )
+    profile_steps: str = ""  # "10:13": a trace of steps 10, 11 and 12; may differ in a continuation
 
 
 def _plain(value):

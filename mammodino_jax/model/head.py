@@ -40,9 +40,7 @@ class LastLayer(nnx.Module):
         return g * v / jnp.linalg.norm(v, axis=1, keepdims=True)
 
     def __call__(self, x, dtype):
-        return jnp.einsum(
-            "...d,kd->...k", x.astype(dtype), self.weight().astype(dtype), preferred_element_type=jnp.float32
-        )
+        return similarities(x.astype(dtype), self.weight().astype(dtype))
 
 
 class DINOHead(nnx.Module):
@@ -64,6 +62,11 @@ class DINOHead(nnx.Module):
     def __call__(self, x):
         """Tokens [..., D] to logits float32 [..., K]."""
         return self.last_layer(project(self.mlp, x), self.dtype)
+
+
+def similarities(z, prototypes):
+    """Logits float32 [..., K] of unit vectors [..., bottleneck]."""
+    return jnp.einsum("...d,kd->...k", z, prototypes, preferred_element_type=jnp.float32)
 
 
 def project(mlp: nnx.Dict, x):

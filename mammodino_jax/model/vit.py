@@ -37,7 +37,7 @@ class ViTConfig:
     )
     pos_offset: float = 0.0  # Hugging Face without registers: (False, 0.0)
     remat: str = "none"  # what the backward pass computes again: see REMAT
-    scan: bool = False  # blocks as one compiled loop: compiles several times faster
+    scan: bool = False  # blocks as one compiled loop: one is compiled instead of `depth`
     attention: str = "auto"  # xla | cudnn: see attend
     dtype: str = "float32"  # of activations; parameters are always float32
 
@@ -289,37 +289,27 @@ class ViT(nnx.Module):
 
     def _run_blocks(self, x_BTD, key, group: int, real_BT, mesh):
         """All blocks, one after the other or as the body of a loop (`scan`); drop-path keys by number."""
-        remat, policy = self.c.remat in ("dots", "block"), REMAT[self.c.remat]
-        if not self.c.scan:
-            for i, block in enumerate(self.blocks):
-                block_key = None if key is None else jax.random.fold_in(key, i)
+        c = self.c
 
-                def run(x, block=block, block_key=block_key):
-                    graph, params = nnx.split(block)
-                    whole = nnx.merge(graph, gathered(params, mesh))
-                    return whole(over_rows(x, mesh), block_key, group, real_BT, mesh)
-
-                x_BTD = (jax.checkpoint(run, policy=policy) if remat else run)(x_BTD)
-            return x_BTD
-        graph, _ = nnx.split(self.blocks[0])
-        params = [nnx.to_pure_dict(nnx.state(block, nnx.Param)) for block in self.blocks]
-
-        def stack(*layers):
-            # matrices in the dtype that the layers would cast them to: half the copy
-            return jnp.stack([a.astype(self.c.dtype) if a.ndim > 1 else a for a in layers])
-
-        def body(x, layer):
+        def body(graph, x, layer):
             i, params = layer
             block_key = None if key is None else jax.random.fold_in(key, i)
             block = nnx.merge(graph, gathered(params, mesh))
             return block(over_rows(x, mesh), block_key, group, real_BT, mesh), None
 
-        if remat:
-            body = jax.checkpoint(
-                body, policy=policy, prevent_cse=False
-            )  # a loop's body is not merged anyway
-        layers = jnp.arange(len(params)), jax.tree.map(stack, *params)
-        return jax.lax.scan(body, x_BTD, layers)[0]
+        def stack(*layers):
+            # matrices in the dtype that the layers would cast them to: half the copy
+            return jnp.stack([a.astype(c.dtype) if a.ndim > 1 else a for a in layers])
+
+        if c.remat in ("dots", "block"):  # what a loop computes twice is not merged anyway
+            body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=not c.scan, static_argnums=0)
+        graphs, params = zip(*(nnx.split(block) for block in self.blocks), strict=True)
+        if c.scan:
+            layers = jnp.arange(c.depth), jax.tree.map(stack, *params)
+            return jax.lax.scan(functools.partial(body, graphs[0]), x_BTD, layers)[0]
+        for layer in enumerate(params):
+            x_BTD, _ = body(graphs[layer[0]], x_BTD, layer)
+        return x_BTD
 
     def __call__(self, images, mask=None, key=None, group: int = 0, grids=None, mesh=None):
         """Encode images.

@@ -5,7 +5,7 @@ from benchmarks import pipeline
 
 @pytest.mark.slow
 def test_quick_report_has_every_stage_and_the_peer(tmp_path):
-    pytest.importorskip("torchvision")
+    pytest.importorskip("torchvision", reason="the peer of this benchmark")
     output = tmp_path / "table.md"
     pipeline.main(["--quick", "--output", str(output)])
     text = output.read_text()
