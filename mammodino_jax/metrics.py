@@ -13,8 +13,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from mammodino_jax.errors import UserError
 from mammodino_jax.flops import chip, step_flops
+from mammodino_jax.workdir import write_whole
 
 CONSOLE_SECONDS = 5.0  # at most one console line in so many seconds
 
@@ -170,20 +170,6 @@ def _truncate(path: Path, start: int) -> None:
     if path.exists():
         rows = [row for row in read(path) if row["step"] < start]
         write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file; who is killed meanwhile leaves the old one, not half of the new one.
-
-    Raises:
-      UserError: it cannot be written (a full disk).
-    """
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def read(path: Path) -> list[dict]:

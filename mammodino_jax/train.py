@@ -2,21 +2,18 @@
 
 import contextlib
 import functools
-import json
-import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
 from absl import logging
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from mammodino_jax import checkpoint, provenance
-from mammodino_jax.checkpoint import SHARED_SECONDS, Checkpoints
+from mammodino_jax.checkpoint import Checkpoints
 from mammodino_jax.compile_cache import compile_cache
 from mammodino_jax.convert.pretrained import load_pretrained, merge
 from mammodino_jax.data.index import full_frames
@@ -25,7 +22,7 @@ from mammodino_jax.data.statistics import tissue_statistics
 from mammodino_jax.diagnostics import Watch
 from mammodino_jax.errors import UserError, refuse_bucket
 from mammodino_jax.held_out import HeldOut
-from mammodino_jax.metrics import MetricsWriter, read, write_whole
+from mammodino_jax.metrics import MetricsWriter, read
 from mammodino_jax.model.head import init_params
 from mammodino_jax.objective import gradients
 from mammodino_jax.optimizer import adam, adamw_update, clip_by_module
@@ -35,12 +32,7 @@ from mammodino_jax.profiling import Profile, steps_of
 from mammodino_jax.recipe import Recipe, check_devices, from_config
 from mammodino_jax.schedules import Cosine, scaled_lr
 from mammodino_jax.sharding import ROWS, make_mesh, put_batch, state_shardings
-
-# fields (or their beginnings) in which a run and its continuation may differ: they change no result
-MAY_DIFFER = (
-    "run.", "data.workers", "data.threads", "fsdp", "profile_steps", "model.remat", "model.scan",
-    "model.attention", "loss.patch_chunk",
-)  # fmt: skip
+from mammodino_jax.workdir import check_workdir, claim_workdir
 
 
 def init_state(recipe: Recipe, loaded: dict | None = None) -> dict:
@@ -122,55 +114,6 @@ def train_step(state: dict, batch: dict, *, recipe: Recipe, mesh=None) -> tuple[
     if "adjacent_gap_mm" in batch:
         metrics["data/adjacent_gap_mm"] = jnp.nanmean(batch["adjacent_gap_mm"])
     return new, {**metrics, **values, "bad": 1.0 - finite.astype(jnp.float32)}
-
-
-def check_workdir(config, workdir: Path) -> None:
-    """Raise a UserError where the workdir belongs to another config (`run` and data workers may differ)."""
-    path = workdir / "config.json"
-    if not path.exists():
-        return
-    there, here = (dict(_flatten(c)) for c in (json.loads(path.read_text()), _jsonable(config)))
-    names = sorted(name for name in there.keys() | here.keys() if not name.startswith(MAY_DIFFER))
-    changed = [name for name in names if there.get(name) != here.get(name)]
-    if changed:
-        name = changed[0]
-        raise UserError(
-            f"workdir {workdir} belongs to another config: {name} is {there.get(name)} there and "
-            f"{here.get(name)} here ({len(changed)} fields differ); give another --workdir or the same config"
-        )
-
-
-def claim_workdir(config, workdir: Path) -> None:
-    """Process 0 writes config.json; the others wait for it, and see that they share folder and config."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"workdir {workdir} cannot be made: {error.strerror}") from None
-    path = workdir / "config.json"
-    if jax.process_index() == 0:
-        write_whole(path, json.dumps(_jsonable(config), indent=1))
-    multihost_utils.sync_global_devices("config.json")
-    deadline = time.monotonic() + SHARED_SECONDS
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"process {jax.process_index()} does not see what process 0 wrote to {workdir}: checkpoints "
-                "need a workdir that all hosts share (NFS, Lustre, or a mounted bucket: docs/launch.md)"
-            )
-        time.sleep(1)
-    check_workdir(config, workdir)
-
-
-def _jsonable(config) -> dict:
-    return json.loads(json.dumps(config.to_dict()))
-
-
-def _flatten(tree: dict, prefix: str = ""):
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def with_statistics(config):

@@ -25,7 +25,9 @@ say = functools.partial(print, flush=True)  # a run of half an hour whose output
 class Runs:
     """Starts of one training run, `main.py` on a recipe that is written to `folder`."""
 
-    def __init__(self, folder: Path, config: ConfigDict):
+    def __init__(self, folder: Path, config: ConfigDict, stride: int = 15):
+        """`stride`: at most so many steps are let pass before a signal."""
+        self.stride = stride
         self.folder, self.workdir = folder, folder / "run"
         self.steps, self.batch_size = config.steps, config.batch_size
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +110,7 @@ class Runs:
         if moment == "compile":
             time.sleep(rng.uniform(0, 3))
         if moment in ("step", "saving"):
-            known, more = self.trained(), int(rng.integers(1, 15))
+            known, more = self.trained(), int(rng.integers(1, self.stride))
             until(lambda: self.trained() >= min(known + more, self.steps - LAST))
         if moment == "step":  # anywhere in the next one
             rates = [row["time/images_per_s"] for row in metrics.read(self.workdir / "metrics.jsonl")[-5:]]

@@ -21,22 +21,18 @@ def main(config_path, checkpoints, out_path, *pairs):
     import jax
     import numpy as np
     from compare_devices import differences
-    from jax.sharding import AxisType, Mesh
 
     from mammodino_jax import checkpoint
     from mammodino_jax.convert.hub import to_hub
     from mammodino_jax.data.pipeline import make_batches
     from mammodino_jax.recipe import from_config
-    from mammodino_jax.sharding import put_batch
+    from mammodino_jax.sharding import make_mesh, put_batch
     from mammodino_jax.train import abstract_state, jit_step
 
     recipe = from_config(json.loads(Path(config_path).read_text()))
-    beta1 = recipe.optim.beta1
 
     def prepare(devices):
-        axes = ("data", "fsdp")
-        grid = np.array(jax.devices()[:devices]).reshape(devices, 1)
-        mesh = Mesh(grid, axes, axis_types=(AxisType.Auto, AxisType.Auto))
+        mesh = make_mesh(devices=jax.devices()[:devices])
         return mesh, abstract_state(recipe, mesh), jit_step(recipe, mesh)
 
     ready = {n: prepare(n) for n in sorted({n for _, *both in pairs for n in both})}
@@ -50,14 +46,16 @@ def main(config_path, checkpoints, out_path, *pairs):
                 dbt_rows=recipe.dbt_rows, steps=recipe.steps, seed=recipe.seed, start_step=step,
             )
         )  # fmt: skip
-        moment = to_hub(jax.device_get(state["opt"].mu))
+        before = {f"mu/{k}": v for k, v in to_hub(jax.device_get(state["opt"].mu)).items()}
         new, metrics = train_step(state, put_batch(batch, mesh))
         out = {f"metric/{k}": np.asarray(v) for k, v in metrics.items()}
         out |= {f"student/{k}": v for k, v in to_hub(jax.device_get(new["student"])).items()}
-        after = to_hub(jax.device_get(new["opt"].mu))  # as after a first step: 0.1 of the gradients
-        return out | {f"mu/{k}": 0.1 * (m - beta1 * moment[k]) / (1 - beta1) for k, m in after.items()}
+        return before, out | {f"mu/{k}": v for k, v in to_hub(jax.device_get(new["opt"].mu)).items()}
 
-    found = [differences(next_step(step, a), next_step(step, b)) for step, a, b in pairs]
+    found = []
+    for step, a, b in pairs:
+        (before, one), (_, other) = next_step(step, a), next_step(step, b)
+        found.append(differences(one, other, before))
     Path(out_path).write_text(json.dumps(found))
 
 

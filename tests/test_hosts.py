@@ -14,7 +14,7 @@ import jax
 import pytest
 from tiny import tiny, tiny_dataset
 
-from mammodino_jax import checkpoint, hosts, metrics, train
+from mammodino_jax import checkpoint, hosts, metrics, workdir
 from mammodino_jax.data import records
 from mammodino_jax.errors import UserError
 
@@ -219,16 +219,16 @@ def test_a_workdir_that_hosts_do_not_share_is_refused(tmp_path, monkeypatch):
     """What process 1 does where it cannot see process 0's file, or sees another config in it."""
     c = tiny("data")
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    monkeypatch.setattr(train, "SHARED_SECONDS", 0)
+    monkeypatch.setattr(workdir, "SHARED_SECONDS", 0)
     with pytest.raises(UserError, match="process 1 does not see what process 0 wrote"):
-        train.claim_workdir(c, tmp_path)
+        workdir.claim_workdir(c, tmp_path)
     monkeypatch.setattr(jax, "process_index", lambda: 0)
-    train.claim_workdir(c, tmp_path)
+    workdir.claim_workdir(c, tmp_path)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    train.claim_workdir(c, tmp_path)
+    workdir.claim_workdir(c, tmp_path)
     c.seed = 5
     with pytest.raises(UserError, match="belongs to another config: seed is 0 there and 5 here"):
-        train.claim_workdir(c, tmp_path)
+        workdir.claim_workdir(c, tmp_path)
 
 
 def test_the_exit_code_holds_where_the_console_is_on_a_full_disk():

@@ -24,6 +24,7 @@ from mammodino_jax.compile_cache import compile_cache
 from mammodino_jax.errors import UserError
 from mammodino_jax.recipe import from_config
 from mammodino_jax.train import train
+from mammodino_jax.workdir import claim_workdir
 
 
 @pytest.fixture(scope="module")
@@ -234,13 +235,13 @@ def test_tensorboard_alone_may_fail(dataset, tmp_path, monkeypatch, caplog):
 def test_a_workdir_that_cannot_be_written_is_an_error_of_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"workdir .* cannot be made: Not a directory"):
-        training.claim_workdir(tiny("data"), tmp_path / "file/run")
+        claim_workdir(tiny("data"), tmp_path / "file/run")
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
     monkeypatch.setattr(
         os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(UserError, match=r"config.json cannot be written: No space left"):
-        training.claim_workdir(tiny("data"), tmp_path)
+        claim_workdir(tiny("data"), tmp_path)
     with pytest.raises(UserError, match=r"metrics.jsonl cannot be written: No space left"):
         metrics.MetricsWriter(tmp_path, 0, from_config(tiny("data")))
 

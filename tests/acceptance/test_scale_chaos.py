@@ -22,6 +22,8 @@ from mammodino_jax import metrics
 pytestmark = [pytest.mark.accept, pytest.mark.timeout(7200)]
 TOY = "MAMMODINO_CHAOS" in os.environ
 STEPS, KILLS, TERMS = map(int, os.environ.get("MAMMODINO_CHAOS", "300,20,5").split(","))
+# half of the signals let steps pass: these are to be spread over the whole run
+STRIDE = 4 * STEPS // (KILLS + TERMS)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def config(tmp_path_factory):
 def test_line_02_same_devices(config, tmp_path):
     """20 SIGKILLs, 5 SIGTERMs and a truncated checkpoint: bitwise the uninterrupted run."""
     began, rng = time.time(), np.random.default_rng(2)
-    straight, run = Runs(tmp_path / "straight", config), Runs(tmp_path / "chaos", config)
+    straight, run = Runs(tmp_path / "straight", config), Runs(tmp_path / "chaos", config, STRIDE)
     beside, cut = straight.start(), None  # on the other core
     try:
         for number, (what, moment) in enumerate(chaos.signals(KILLS, TERMS, rng), start=1):
@@ -70,7 +72,7 @@ def test_line_02_same_devices(config, tmp_path):
 def test_line_02_other_devices(config, tmp_path):
     """The same on 1, 2, 4 and 8 fake devices in turn."""
     began, rng = time.time(), np.random.default_rng(3)
-    run = Runs(tmp_path / "chaos", config)
+    run = Runs(tmp_path / "chaos", config, STRIDE)
     plan = [
         (what, moment, (1, 8, 2, 4)[n % 4])
         for n, (what, moment) in enumerate(chaos.signals(KILLS, TERMS, rng))
